@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0
+# Everything is built and run in a Debian 13 root of its own (tools/build/setup), so the host needs only mmdebstrap.
+# KDIR=... builds the modules for another kernel tree. The kernel's own build files are Kbuild and hv_core/Kbuild.
+
+.DEFAULT_GOAL := modules
+.PHONY: help setup all modules install demo test bench lint clean
+
+SETUP := tools/build/setup
+IN := tools/build/in-root
+# The kernel's build system on this tree; objects go to the folder MO. (The quote is closed where it is used.)
+KBUILD = $(IN) sh -c '$(MAKE) -s -C "$$KDIR" M=$(CURDIR)
+# A bed, a test (or a list with commas) for `make test`; empty for all.
+BED :=
+TEST :=
+export KDIR HV_CACHE HV_SERIES HV_MIRROR
+
+help: ## Lists the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## Makes the Debian root and the kernel build tree in the cache (once, 5 minutes)
+	@$(SETUP)
+
+all: modules ## Builds everything
+
+modules: setup ## Builds hv_core.ko into build/modules
+	@mkdir -p build/modules
+	@$(KBUILD) MO=$(CURDIR)/build/modules modules'
+
+install: ## Installs the modules for their kernel, and the rule that lets group mshv use /dev/mshv (INSTALL_MOD_PATH, DESTDIR)
+	@tools/build/install
+
+demo: modules ## Boots a Debian guest that loads the module, and shows what happens
+	@$(IN) selftests/run --bed svm --test module --show
+
+test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs one test on one bed
+	@$(IN) selftests/run $(if $(BED)$(TEST),--bed "$(BED)" --test "$(TEST)",--host)
+
+bench: setup ## Measures costs (nothing to measure yet)
+	@echo "bench: nothing to measure yet"
+
+lint: setup ## Checks the form of the sources
+	@$(IN) sh -c 'find hv_core tools selftests -name "*.rs" | xargs rustfmt --check --config-path .'
+	@$(IN) cargo clippy --quiet --workspace --all-targets -- -D warnings
+	@mkdir -p build/lint
+	@$(KBUILD) MO=$(CURDIR)/build/lint CLIPPY=1 KRUSTFLAGS=-Dwarnings modules'
+
+clean: ## Removes what was built in this tree (the cache stays)
+	rm -rf build
