@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The beds: the machines that tests run on. To add one, add a row to BEDS at the end."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Errors that leave a CPU in an unknown state end the guest at once.
+KERNEL_ARGS = "console=ttyS0,115200 loglevel=4 oops=panic panic=-1 random.trust_cpu=on"
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A machine.
+
+    boot: seconds of wall time that booting may take; slow: how much longer a test may take than on the
+    fastest bed; kernel_args: what this machine needs on the kernel command line.
+    """
+
+    name: str
+    proves: str
+    boot: int
+    slow: int = 1
+    kernel_args: str = ""
+    compress: bool = False
+
+    def start(self, work, kernel, initrd, kernel_args):
+        """Prepares the machine in folder `work` and gives the command that runs it. The machine writes its
+        kernel's console into console.log and the test results into tap.log."""
+        raise NotImplementedError
+
+    def append(self, more):
+        """The kernel command line."""
+        return " ".join(filter(None, [KERNEL_ARGS, self.kernel_args, f"hvbed={self.name}", more]))
+
+
+@dataclass(frozen=True)
+class Qemu(Bed):
+    """QEMU's own CPU (TCG): AMD-V, and an IOMMU with interrupt remapping."""
+
+    machine: list = field(default_factory=list)
+
+    def start(self, work, kernel, initrd, kernel_args):
+        return [
+            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            *self.machine,
+            "-kernel", kernel, "-initrd", initrd, "-append", self.append(kernel_args),
+            "-serial", f"file:{work}/console.log", "-serial", f"file:{work}/tap.log",
+        ]
+
+
+@dataclass(frozen=True)
+class Bochs(Bed):
+    """A CPU model of Bochs. It boots from a CD."""
+
+    cpu: str = ""
+    cpus: int = 2
+    megs: int = 1024
+    compress: bool = True
+
+    def start(self, work, kernel, initrd, kernel_args):
+        iso = Path(work) / "iso"
+        shutil.rmtree(iso, ignore_errors=True)
+        (iso / "isolinux").mkdir(parents=True)
+        shutil.copy(kernel, iso / "vmlinuz")
+        shutil.copy(initrd, iso / "initrd")
+        shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", iso / "isolinux")
+        shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", iso / "isolinux")
+        (iso / "isolinux/isolinux.cfg").write_text(
+            "default linux\nprompt 0\ntimeout 1\nlabel linux\n kernel /vmlinuz\n"
+            f" append initrd=/initrd {self.append(kernel_args)}\n")
+        subprocess.run(
+            ["xorriso", "-as", "mkisofs", "-quiet", "-o", f"{work}/cd.iso", "-b", "isolinux/isolinux.bin",
+             "-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", iso],
+            check=True)
+        shutil.rmtree(iso)
+        # One tick of time for each instruction (sync=none); power-off is reported as a panic, which ends Bochs.
+        Path(work, "bochsrc").write_text(f"""\
+display_library: rfb, options="timeout=0"
+romimage: file=/usr/share/bochs/BIOS-bochs-latest
+vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+megs: {self.megs}
+cpu: model={self.cpu}, count={self.cpus}, ips=100000000, reset_on_triple_fault=0
+clock: sync=none
+ata0: enabled=1
+ata0-master: type=cdrom, path={work}/cd.iso, status=inserted
+boot: cdrom
+com1: enabled=1, mode=file, dev={work}/console.log
+com2: enabled=1, mode=file, dev={work}/tap.log
+sound: driver=dummy
+log: {work}/bochs.log
+panic: action=fatal
+error: action=report
+""")
+        return ["bochs", "-q", "-f", f"{work}/bochsrc"]
+
+
+Q35 = ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G",
+       "-device", "intel-iommu,intremap=on,eim=on"]
+
+BEDS = {bed.name: bed for bed in [
+    Qemu("svm", "AMD-V, IOMMU (QEMU)", boot=120, machine=Q35),
+    Bochs("vmx", "VT-x (Bochs tigerlake: EPT, VPID, CET)", boot=400, slow=8, kernel_args="tsc=unstable", cpu="tigerlake"),
+    Bochs("vmx-skylake", "VT-x without CET, with page-table isolation (Bochs corei7_skylake_x)", boot=400, slow=8,
+          kernel_args="tsc=unstable", cpu="corei7_skylake_x"),
+    Bochs("vmx-arrow", "VT-x with APICv, posted interrupts, LASS (Bochs arrow_lake)", boot=400, slow=8,
+          kernel_args="tsc=unstable", cpu="arrow_lake"),
+    Bochs("svm-full", "AMD-V with nRIP save, flush by ASID (Bochs ryzen)", boot=400, slow=8,
+          kernel_args="tsc=unstable", cpu="ryzen"),
+]}
