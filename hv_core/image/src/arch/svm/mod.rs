@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: GPL-2.0
+//! AMD-V back end (APM vol. 2 chapter 15).
+
+use core::arch::{asm, global_asm};
+
+use hv_abi::boot::{CpuArea, TableRegister, VpContext};
+use hv_abi::layout::selector;
+use hv_x86::regs::{cr0, efer, msr, rflags};
+use hv_x86::vmcb::{exit, Vmcb};
+
+use super::{cpu, gpr, Exception, Exit, Processor};
+use crate::header::boot;
+use crate::{log, root};
+
+global_asm!(include_str!("entry.S"), code = const selector::CODE, data = const selector::DATA);
+
+/// Event injection: valid, exception (APM 15.20).
+const INJECT_UD: u64 = 1 << 31 | 3 << 8 | 6;
+const INJECT_GP: u64 = 1 << 31 | 3 << 8 | 1 << 11 | 13;
+/// EFER bits that a root may set: everything defined up to AutoIBRS (APM 3.1.7) but SVME.
+const EFER_WRITABLE: u64 = 0x36_fd01 & !efer::SVME;
+/// TLB control: flush all of this CPU (APM 15.16.1).
+const FLUSH_ALL: u32 = 1;
+
+/// A CPU at an exit, with the VMCB that ran.
+struct Svm<'a> {
+    area: &'a mut CpuArea,
+    vmcb: &'a mut Vmcb,
+}
+
+impl<'a> Svm<'a> {
+    fn root(area: &'a mut CpuArea) -> Self {
+        // SAFETY: the loader put the address of this CPU's root VMCB there; it is mapped, aligned, and
+        // only this CPU uses it while the image runs on it.
+        let vmcb = unsafe { &mut *(area.root.control as *mut Vmcb) };
+        Self { area, vmcb }
+    }
+}
+
+#[no_mangle]
+extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
+    let on = cpu::root_cpu(area);
+    let mut processor = Svm::root(area);
+    processor.area.root.gprs[gpr::RAX] = processor.vmcb.rax;
+    processor.vmcb.tlb_control = 0;
+    processor.requeue_interrupted_event();
+    root::handle_exit(&mut processor, on);
+    processor.vmcb.rax = processor.area.root.gprs[gpr::RAX];
+    &raw const area.root
+}
+
+/// Gives a CPU back after a fault of the image.
+pub fn leave_after_fault(area: &mut CpuArea) -> ! {
+    Svm::root(area).leave()
+}
+
+/// Privilege level of the root at the last exit.
+pub fn root_cpl(area: &mut CpuArea) -> u8 {
+    Svm::root(area).cpl()
+}
+
+impl Svm<'_> {
+    /// An event whose delivery the exit interrupted is delivered again (APM 15.7.2).
+    fn requeue_interrupted_event(&mut self) {
+        self.vmcb.event_injection =
+            if self.vmcb.exit_interrupt_info >> 31 & 1 != 0 && self.vmcb.exit_code == exit::NPF {
+                self.vmcb.exit_interrupt_info
+            } else {
+                0
+            };
+    }
+
+    /// Length of the instruction that exited, where the processor does not give the next RIP. The
+    /// prefixes that these instructions allow do nothing, and Linux writes none.
+    fn instruction_length(&self) -> u64 {
+        match self.vmcb.exit_code {
+            exit::VMMCALL | exit::XSETBV => 3,
+            _ => 2,
+        }
+    }
+}
+
+impl Processor for Svm<'_> {
+    #[inline]
+    fn exit(&mut self) -> Exit {
+        match self.vmcb.exit_code {
+            exit::CPUID => Exit::Cpuid,
+            exit::VMMCALL => Exit::Hypercall,
+            exit::MSR if self.vmcb.exit_info_1 & 1 == 0 => Exit::MsrRead,
+            exit::MSR => Exit::MsrWrite,
+            exit::XSETBV => Exit::Xsetbv,
+            exit::NPF => Exit::SecondLevelFault {
+                gpa: self.vmcb.exit_info_2,
+                write: self.vmcb.exit_info_1 & 2 != 0,
+                execute: self.vmcb.exit_info_1 & 16 != 0,
+            },
+            exit::INVD => Exit::Invd,
+            exit::SHUTDOWN => Exit::TripleFault,
+            exit::INVLPGA | exit::VMRUN..=exit::SKINIT => Exit::VirtualizationInstruction,
+            exit::INVALID => {
+                log!("cpu {}: VMRUN refused the state", self.area.cpu);
+                Exit::EntryFailure
+            }
+            other => {
+                log!(
+                    "cpu {}: exit code {other:#x} info {:#x} {:#x}",
+                    self.area.cpu,
+                    self.vmcb.exit_info_1,
+                    self.vmcb.exit_info_2
+                );
+                Exit::Unknown
+            }
+        }
+    }
+
+    #[inline]
+    fn context(&mut self) -> &mut VpContext {
+        &mut self.area.root
+    }
+
+    #[inline]
+    fn cpl(&self) -> u8 {
+        self.vmcb.cpl
+    }
+
+    #[inline]
+    fn cr4(&self) -> u64 {
+        self.vmcb.cr4
+    }
+
+    fn rip(&self) -> u64 {
+        self.vmcb.rip
+    }
+
+    fn rsp(&self) -> u64 {
+        self.vmcb.rsp
+    }
+
+    #[inline]
+    fn skip(&mut self) {
+        self.vmcb.rip = if boot().svm_next_rip != 0 {
+            self.vmcb.next_rip
+        } else {
+            self.vmcb.rip.wrapping_add(self.instruction_length())
+        };
+        self.vmcb.interrupt_shadow = 0;
+        if self.vmcb.rflags & rflags::TF != 0 {
+            // The trap of a single step belongs to the instruction that was emulated: vector 1, with
+            // DR6.BS as the processor would set it.
+            self.vmcb.dr6 |= 1 << 14;
+            self.vmcb.event_injection = 1 << 31 | 3 << 8 | 1;
+        }
+    }
+
+    fn raise(&mut self, exception: Exception) {
+        self.vmcb.event_injection = match exception {
+            Exception::InvalidOpcode => INJECT_UD,
+            Exception::GeneralProtection => INJECT_GP,
+        };
+    }
+
+    /// AMD-V owns no bit of CR0 and CR4.
+    fn write_control_register(&mut self, _: u8, _: u64) -> bool {
+        false
+    }
+
+    fn read_msr(&mut self, number: u32) -> Option<u64> {
+        match number {
+            msr::EFER => Some(self.vmcb.efer & !efer::SVME),
+            // Linux reads VM_CR on every CPU that comes up and takes SVMDIS for a contradiction.
+            msr::VM_CR | msr::VM_HSAVE_PA => Some(0),
+            _ => None,
+        }
+    }
+
+    fn write_msr(&mut self, number: u32, value: u64) -> Option<()> {
+        if number != msr::EFER || value & !EFER_WRITABLE != 0 {
+            return None;
+        }
+        if (value ^ self.vmcb.efer) & efer::LME != 0 && self.vmcb.cr0 & cr0::PG != 0 {
+            return None;
+        }
+        self.vmcb.efer = value & !efer::LMA | self.vmcb.efer & efer::LMA | efer::SVME;
+        Some(())
+    }
+
+    fn flush_second_level(&mut self) {
+        self.vmcb.tlb_control = FLUSH_ALL;
+    }
+
+    /// INIT is not intercepted on AMD-V.
+    fn wait_for_sipi(&mut self) {}
+
+    fn start(&mut self, _: u8) {}
+
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        cpu::cpuid(leaf, subleaf)
+    }
+
+    fn xsetbv(&mut self, value: u64) {
+        cpu::xsetbv(value);
+    }
+
+    fn wbinvd(&mut self) {
+        cpu::wbinvd();
+    }
+
+    fn reset(&mut self) -> ! {
+        cpu::reset()
+    }
+
+    fn fault(&mut self, how: u64) {
+        cpu::fault(how);
+    }
+
+    fn leave(&mut self) -> ! {
+        let v = &*self.vmcb;
+        let area = &mut *self.area;
+        let frame = &mut area.leave;
+        frame.iret = [
+            v.rip,
+            v.cs.selector.into(),
+            v.rflags,
+            v.rsp,
+            v.ss.selector.into(),
+        ];
+        frame.cr0 = v.cr0;
+        frame.cr3 = v.cr3;
+        frame.cr4 = v.cr4;
+        frame.efer = v.efer & !efer::SVME;
+        frame.pat = v.pat;
+        frame.dr7 = v.dr7;
+        // FS, GS, LDTR and TR are still Linux'; DEBUGCTL is not switched without LBR virtualization.
+        frame.fs_base = cpu::rdmsr(msr::FS_BASE);
+        frame.gs_base = cpu::rdmsr(msr::GS_BASE);
+        frame.has_cet = 0;
+        let (fs, gs): (u32, u32);
+        // SAFETY: reads two selectors, and loads CR2 and DR6, which the image does not use, with the
+        // root's values; IF is cleared for good before GIF is set again.
+        unsafe {
+            asm!("mov {0:e}, fs", "mov {1:e}, gs", out(reg) fs, out(reg) gs, options(nomem, nostack));
+            asm!("cli", "mov cr2, {0}", "mov dr6, {1}", in(reg) v.cr2, in(reg) v.dr6,
+                options(nomem, nostack));
+        }
+        frame.selectors = [
+            v.ds.selector,
+            v.es.selector,
+            fs as u16,
+            gs as u16,
+            0,
+            0,
+            0,
+            0,
+        ];
+        frame.gdtr = TableRegister::new(v.gdtr.base, v.gdtr.limit as u16);
+        frame.idtr = TableRegister::new(v.idtr.base, v.idtr.limit as u16);
+        frame.vmx = 0;
+        // SAFETY: the frame is the root's state, GIF is clear; `give_back` and hypercalls come here at
+        // CPL 0 only.
+        unsafe { cpu::finish_leave(area) }
+    }
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The image header, the boot information and the memory functions that the compiler calls.
+
+use core::arch::global_asm;
+use core::mem::MaybeUninit;
+
+use hv_abi::boot::{BootInfo, IMAGE_MAGIC};
+
+// The linker script defines the `image_*` values.
+global_asm!(
+    ".pushsection .header, \"a\"",
+    ".quad {magic}",
+    ".quad image_text_end",
+    ".quad image_rodata_end",
+    ".quad image_file_end",
+    ".quad image_memory_end",
+    ".quad image_boot_info",
+    ".quad vmx_exit",
+    ".quad svm_start",
+    ".quad exception_stubs",
+    ".quad image_idt",
+    ".popsection",
+    magic = const IMAGE_MAGIC,
+);
+
+/// Filled by the loader before the first entry, never written after.
+#[link_section = ".boot_info"]
+#[no_mangle]
+static mut BOOT_INFO: MaybeUninit<BootInfo> = MaybeUninit::uninit();
+
+/// The page of the interrupt descriptor table; the loader fills it.
+#[repr(C, align(4096))]
+struct Idt([u64; 512]);
+
+#[link_section = ".idt"]
+#[used]
+static mut IDT: Idt = Idt([0; 512]);
+
+/// What the loader left for all CPUs.
+pub fn boot() -> &'static BootInfo {
+    // SAFETY: the loader wrote a valid value before it entered the image and nothing writes it after.
+    unsafe { (*(&raw const BOOT_INFO)).assume_init_ref() }
+}
+
+// The compiler emits calls to these for copies and comparisons; `core` has no implementation without
+// `compiler_builtins`. Plain string instructions: no vector registers, as these hold Linux' state.
+global_asm!(
+    ".pushsection .text.memory, \"ax\"",
+    ".globl memcpy, memmove, memset, memcmp, bcmp",
+    "memmove:",
+    "mov rax, rdi",
+    "sub rax, rsi",
+    "cmp rax, rdx",
+    "jb 2f",
+    "memcpy:",
+    "mov rax, rdi",
+    "mov rcx, rdx",
+    "rep movsb",
+    "ret",
+    "2: mov rax, rdi",
+    "mov rcx, rdx",
+    "lea rsi, [rsi + rdx - 1]",
+    "lea rdi, [rdi + rdx - 1]",
+    "std",
+    "rep movsb",
+    "cld",
+    "ret",
+    "memset:",
+    "mov r8, rdi",
+    "mov eax, esi",
+    "mov rcx, rdx",
+    "rep stosb",
+    "mov rax, r8",
+    "ret",
+    "bcmp:",
+    "memcmp:",
+    "xor eax, eax",
+    "mov rcx, rdx",
+    "cmp rax, rax",
+    "repe cmpsb",
+    "je 3f",
+    "movzx eax, byte ptr [rdi - 1]",
+    "movzx ecx, byte ptr [rsi - 1]",
+    "sub eax, ecx",
+    "3: ret",
+    ".popsection",
+);

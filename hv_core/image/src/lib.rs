@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The hypervisor image.
+//!
+//! A freestanding program that runs beneath Linux: entered by VM exits, it finishes them and resumes.
+//! It has its own page tables, descriptor tables and stacks, calls nothing in the kernel and allocates
+//! nothing that was not given to it. Privileged instructions live in `arch/` only; the rest is pure over
+//! the traits of [`arch`] and runs under `cargo test`.
+#![cfg_attr(not(test), no_std)]
+
+pub mod apic;
+pub mod arch;
+pub mod log;
+pub mod root;
+
+#[cfg(target_os = "none")]
+mod fault;
+#[cfg(target_os = "none")]
+mod header;
