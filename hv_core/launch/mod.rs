@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Launch and leave (Hvboot): preflight, loading, and the way of each CPU beneath the image and back.
+
+pub(crate) mod cpu;
+pub(crate) mod load;
+pub(crate) mod preflight;
+
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use kernel::prelude::*;
+use kernel::seq_file::SeqFile;
+use kernel::seq_print;
+
+use crate::abi::hypercall::private;
+use crate::abi::status::HvStatus;
+use crate::abi::stats::{EXIT_KINDS, EXIT_NAMES};
+use crate::sys::{self, CpusLocked, IrqsOff};
+use load::Loaded;
+use preflight::Preflight;
+
+/// Parameters of a test that makes the launch fail.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Faults {
+    /// CPU on which it fails.
+    pub(crate) cpu: u32,
+    /// One of [`cpu::step`], 0 for none.
+    pub(crate) step: u32,
+    /// Whether the image may be asked to fault.
+    pub(crate) allow: bool,
+}
+
+const NATIVE: u8 = 0;
+const LAUNCHED: u8 = 1;
+
+/// Linux beneath the image.
+pub(crate) struct Hypervisor {
+    preflight: Preflight,
+    image: Loaded,
+    /// What Linux knows of each CPU; changed by that CPU, or with hotplug held off.
+    cpus: KVec<AtomicU8>,
+    /// Set for good when the image faulted.
+    faulted: AtomicBool,
+}
+
+impl Hypervisor {
+    /// Launches on all CPUs. On an error all are native as before.
+    pub(crate) fn launch(faults: Faults) -> Result<Self> {
+        let locked = CpusLocked::new();
+        let preflight = Preflight::run(&locked)?;
+        if let Some(row) = preflight.refusal() {
+            pr_err!("launch refused: {}\n", row);
+            return Err(row.error);
+        }
+        let image = Loaded::new(preflight.facts, faults.allow)?;
+        let mut cpus = KVec::new();
+        for _ in 0..sys::cpu_count() {
+            cpus.push(AtomicU8::new(NATIVE), GFP_KERNEL)?;
+        }
+        let this = Self { preflight, image, cpus, faulted: AtomicBool::new(false) };
+        this.enter_all(&locked, faults).inspect_err(|_| {
+            this.leave_all(&locked);
+            this.drain_log();
+            pr_err!("launch failed, all CPUs are native again\n");
+        })?;
+        Ok(this)
+    }
+
+    fn enter_all(&self, locked: &CpusLocked, faults: Faults) -> Result {
+        for cpu in (0..sys::cpu_count()).filter(|cpu| sys::cpu_online(*cpu)) {
+            let fail = if cpu == faults.cpu { faults.step } else { 0 };
+            sys::call_on_cpu(locked, cpu, || self.enter_this_cpu(fail))??;
+        }
+        if faults.step == cpu::step::FINISH {
+            return Err(EIO);
+        }
+        pr_info!("all CPUs run beneath the hypervisor\n");
+        Ok(())
+    }
+
+    /// Enters on the CPU this runs on; also the hotplug callback's way in.
+    pub(crate) fn enter_this_cpu(&self, fail: u32) -> Result {
+        let _irqs = IrqsOff::new();
+        let this = sys::this_cpu();
+        let block = self.image.block(this).ok_or(ENODEV)?;
+        cpu::enter(&self.image, block, fail)?;
+        self.set(this, LAUNCHED);
+        Ok(())
+    }
+
+    /// Leaves on the CPU this runs on.
+    pub(crate) fn leave_this_cpu(&self) {
+        let _irqs = IrqsOff::new();
+        let this = sys::this_cpu();
+        if self.is_launched(this) {
+            cpu::leave(&self.image);
+            self.set(this, NATIVE);
+        }
+    }
+
+    fn set(&self, cpu: u32, state: u8) {
+        if let Some(slot) = self.cpus.get(cpu as usize) {
+            slot.store(state, Ordering::Release);
+        }
+    }
+
+    fn is_launched(&self, cpu: u32) -> bool {
+        self.cpus.get(cpu as usize).is_some_and(|slot| slot.load(Ordering::Acquire) == LAUNCHED)
+    }
+
+    /// Whether the image faulted and gave the machine back.
+    pub(crate) fn is_faulted(&self) -> bool {
+        self.faulted.load(Ordering::Acquire)
+    }
+
+    /// Brings every CPU back to native operation.
+    pub(crate) fn leave_all(&self, locked: &CpusLocked) {
+        for cpu in (0..sys::cpu_count()).filter(|cpu| sys::cpu_online(*cpu)) {
+            // The CPU is online and hotplug is off: the call cannot fail.
+            let _ = sys::call_on_cpu(locked, cpu, || self.leave_this_cpu());
+        }
+    }
+
+    /// Makes the image fault on CPU 0, for tests; afterwards every CPU is native.
+    pub(crate) fn provoke(&self, how: u64) {
+        let locked = CpusLocked::new();
+        let vendor = self.image.vendor();
+        let status = sys::call_on_cpu(&locked, 0, || cpu::hypercall(vendor, private::FAULT, how).0);
+        if status == Ok(HvStatus::HYPERVISOR_FAULT) {
+            self.faulted.store(true, Ordering::Release);
+            self.leave_all(&locked);
+            self.drain_log();
+            pr_err!("the hypervisor stopped because of an internal fault; all CPUs are native again\n");
+        }
+    }
+
+    /// Prints what the image wrote to its log.
+    pub(crate) fn drain_log(&self) {
+        static READER: AtomicBool = AtomicBool::new(false);
+        if READER.swap(true, Ordering::Acquire) {
+            return;
+        }
+        // SAFETY: `READER` admits one at a time.
+        unsafe {
+            self.image.drain_log(|line| match core::str::from_utf8(line) {
+                Ok(text) => pr_warn!("image: {}\n", text),
+                Err(_) => pr_warn!("image: (unreadable line)\n"),
+            });
+        }
+        READER.store(false, Ordering::Release);
+    }
+
+    /// Prints the status as one JSON document.
+    pub(crate) fn status(&self, seq: &SeqFile) {
+        let [image, block, pool] = self.image.sizes();
+        let state = if self.is_faulted() { "faulted" } else { "launched" };
+        seq_print!(seq, "{{\"state\":\"{}\",\"vendor\":\"{:?}\",", state, self.image.vendor());
+        seq_print!(seq, "\"image\":{{\"size\":{},\"address\":{}}},", image, self.image.image_spa());
+        seq_print!(
+            seq,
+            "\"memory\":{{\"image_bytes\":{},\"per_cpu_bytes\":{},\"pool_bytes\":{},\"pool_used_bytes\":{}}},",
+            image, block, pool, self.image.pool_used() * 4096
+        );
+        seq_print!(seq, "\"caps\":[");
+        for (index, row) in self.preflight.rows.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            seq_print!(
+                seq,
+                "{}{{\"name\":\"{}\",\"why\":\"{}\",\"found\":\"{:#x}\",\"required\":\"{}\",\"ok\":{}}}",
+                comma, row.name, row.why, row.found, row.required, row.ok
+            );
+        }
+        seq_print!(seq, "],\"cpus\":[");
+        let mut comma = "";
+        for cpu in (0..sys::cpu_count()).filter(|cpu| sys::cpu_possible(*cpu)) {
+            let Some(stats) = self.image.stats(cpu) else { continue };
+            let state = if self.is_launched(cpu) { "launched" } else { "native" };
+            seq_print!(seq, "{}{{\"cpu\":{},\"state\":\"{}\",\"exits\":{{", comma, cpu, state);
+            comma = ",";
+            let mut inner = "";
+            for kind in 0..EXIT_KINDS {
+                let count = stats.root_exits.get(kind).map_or(0, |c| c.load(Ordering::Relaxed));
+                if count != 0 {
+                    let name = EXIT_NAMES.get(kind).copied().unwrap_or("");
+                    seq_print!(seq, "{}\"{}\":{}", inner, name, count);
+                    inner = ",";
+                }
+            }
+            seq_print!(
+                seq,
+                "}},\"sealed_accesses\":{}}}",
+                stats.sealed_accesses.load(Ordering::Relaxed)
+            );
+        }
+        seq_print!(seq, "],\"partitions\":[],\"refusal\":null}}\n");
+    }
+}
+
+impl Drop for Hypervisor {
+    fn drop(&mut self) {
+        self.leave_all(&CpusLocked::new());
+        self.drain_log();
+    }
+}
