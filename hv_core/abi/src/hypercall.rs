@@ -41,6 +41,107 @@ pub const fn result(status: super::status::HvStatus, reps_done: u16) -> u64 {
     status.0 as u64 | ((reps_done as u64 & 0xfff) << 32)
 }
 
+/// Partition identifier of the root.
+pub const ROOT_PARTITION: u64 = 1;
+/// "The caller's own partition" (TLFS 2.2.1).
+pub const PARTITION_SELF: u64 = u64::MAX;
+/// "Any VP" in calls that accept it.
+pub const ANY_VP: u32 = u32::MAX;
+
+/// Call codes of TLFS that the root may use. Input and output structures are those of
+/// `include/hyperv/hvhdk.h` and its companions; RDX and R8 hold the GPAs of input and output, each inside
+/// one page and aligned to 8 bytes.
+#[allow(missing_docs)] // The names are TLFS'.
+pub mod code {
+    pub const CREATE_PARTITION: u16 = 0x40;
+    pub const INITIALIZE_PARTITION: u16 = 0x41;
+    pub const FINALIZE_PARTITION: u16 = 0x42;
+    pub const DELETE_PARTITION: u16 = 0x43;
+    pub const GET_PARTITION_PROPERTY: u16 = 0x44;
+    pub const SET_PARTITION_PROPERTY: u16 = 0x45;
+    pub const DEPOSIT_MEMORY: u16 = 0x48;
+    pub const WITHDRAW_MEMORY: u16 = 0x49;
+    pub const MAP_GPA_PAGES: u16 = 0x4b;
+    pub const UNMAP_GPA_PAGES: u16 = 0x4c;
+    pub const INSTALL_INTERCEPT: u16 = 0x4d;
+    pub const CREATE_VP: u16 = 0x4e;
+    pub const DELETE_VP: u16 = 0x4f;
+    pub const GET_VP_REGISTERS: u16 = 0x50;
+    pub const SET_VP_REGISTERS: u16 = 0x51;
+    pub const TRANSLATE_VIRTUAL_ADDRESS: u16 = 0x52;
+    pub const CLEAR_VIRTUAL_INTERRUPT: u16 = 0x56;
+    pub const REGISTER_INTERCEPT_RESULT: u16 = 0x91;
+    pub const ASSERT_VIRTUAL_INTERRUPT: u16 = 0x94;
+    pub const DISPATCH_VP: u16 = 0xc2;
+    pub const MAP_VP_STATE_PAGE: u16 = 0xe1;
+    pub const UNMAP_VP_STATE_PAGE: u16 = 0xe2;
+    pub const GET_VP_STATE: u16 = 0xe3;
+    pub const SET_VP_STATE: u16 = 0xe4;
+    pub const GET_VP_CPUID_VALUES: u16 = 0xf4;
+    pub const GET_PARTITION_PROPERTY_EX: u16 = 0x101;
+}
+
+/// `HV_VP_STATE_PAGE_*`, and one of our own.
+pub mod state_page {
+    /// The register page.
+    pub const REGISTERS: u16 = 0;
+    /// The intercept message page.
+    pub const INTERCEPT_MESSAGE: u16 = 1;
+    /// [`VpRunPage`](super::VpRunPage). Not in TLFS.
+    pub const RUN: u16 = 0x80;
+}
+
+/// Why [`code::DISPATCH_VP`] came back, in RDX. The call takes the partition in RDX and the VP in R8 (the
+/// fast form, to spare the image the input page).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum DispatchEvent {
+    /// A physical interrupt or NMI waits for the root: take it and dispatch again.
+    Interrupt = 0,
+    /// The intercept message page holds a message for the VMM.
+    Intercept = 1,
+    /// The VP halted: sleep until a signal or the deadline of the run page.
+    Halted = 2,
+    /// The VP waits for a start-up IPI: sleep until a signal.
+    WaitForSipi = 3,
+    /// Other VPs were signalled: look at their run pages, then dispatch again.
+    Signal = 4,
+    /// The deadline in the run page changed: program the timer, then dispatch again.
+    Deadline = 5,
+}
+
+impl DispatchEvent {
+    /// From RDX.
+    pub const fn from_value(value: u64) -> Option<Self> {
+        Some(match value {
+            0 => Self::Interrupt,
+            1 => Self::Intercept,
+            2 => Self::Halted,
+            3 => Self::WaitForSipi,
+            4 => Self::Signal,
+            5 => Self::Deadline,
+            _ => return None,
+        })
+    }
+}
+
+/// A page per VP that the root gives with [`code::MAP_VP_STATE_PAGE`] and only its kernel sees.
+#[repr(C, align(4096))]
+pub struct VpRunPage {
+    /// Set by the image when it left something for this VP (an interrupt, INIT, SIPI): wake its thread, or
+    /// interrupt the CPU that runs it. The root swaps it to 0 before it acts.
+    pub signal: core::sync::atomic::AtomicU32,
+    reserved: u32,
+    /// Host TSC at which the VP's next timer expires, `u64::MAX` for none. Valid after each dispatch: the
+    /// root arranges for an interrupt, or for a wake-up, at that time.
+    pub deadline: core::sync::atomic::AtomicU64,
+    /// Exits of this VP that the image finished, since its creation.
+    pub exits: core::sync::atomic::AtomicU64,
+    rest: [u64; 509],
+}
+
+const _: () = assert!(core::mem::size_of::<VpRunPage>() == 4096);
+
 /// Calls between the module and the image that TLFS does not have. They are answered only to CPL 0 of
 /// the root partition and use codes that TLFS leaves free.
 pub mod private {

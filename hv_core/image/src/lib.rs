@@ -11,6 +11,7 @@ pub mod apic;
 pub mod arch;
 pub mod log;
 pub mod root;
+pub mod vp_state;
 
 #[cfg(target_os = "none")]
 mod fault;
