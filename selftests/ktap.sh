@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=sh
 # ktap.sh: prints test results as TAP. Sourced by the tests:
 #
 #   . "$(dirname "$0")/../ktap.sh"

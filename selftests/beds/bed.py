@@ -73,7 +73,7 @@ class Bochs(Bed):
         subprocess.run(
             ["xorriso", "-as", "mkisofs", "-quiet", "-o", f"{work}/cd.iso", "-b", "isolinux/isolinux.bin",
              "-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", iso],
-            check=True)
+            check=True, stderr=subprocess.DEVNULL)
         shutil.rmtree(iso)
         # One tick of time for each instruction (sync=none); power-off is reported as a panic, which ends Bochs.
         Path(work, "bochsrc").write_text(f"""\

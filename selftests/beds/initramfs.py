@@ -110,8 +110,7 @@ def make(out, tree, image, release, stock, built, extra, scratch, compress):
         archive.folder(name)
     busybox = shutil.which("busybox")
     archive.file("bin/busybox", Path(busybox).read_bytes(), executable=True)
-    archive.link("bin/sh", "busybox")
-    archive.link("bin/modprobe", "busybox")
+    archive.link("sbin", "bin")
 
     selftests = Path(tree) / "selftests"
     archive.file("init", (selftests / "init").read_bytes(), executable=True)
