@@ -71,8 +71,8 @@ pub enum Error {
 /// A table is known by its SPA. The walker passes only addresses that it got from [`Self::allocate`] (or the root given
 /// to [`PageTable::adopt`] and what is linked below it), and only indices below [`ENTRIES`].
 pub trait TableMemory {
-    /// Hands out the SPA of a zeroed 4 KiB table, or `None` if there is none left. It must be a multiple of 4 KiB within
-    /// [`Layout::physical_address_bits`], without encryption mask.
+    /// Hands out the SPA of a zeroed 4 KiB table, or `None` if there is none left. It must be a multiple of 4 KiB
+    /// within [`Layout::physical_address_bits`], without encryption mask.
     fn allocate(&mut self) -> Option<u64>;
 
     /// Takes back a table. It is no longer linked, but a CPU that uses the tree may still hold it in its
@@ -656,6 +656,9 @@ impl<F: Format> PageTable<F> {
     }
 
     /// Exactly how many tables [`Self::map`] would take now. It may free others on the way; they are not counted.
+    ///
+    /// Looks at each entry that is to link a table, so it takes about a thousandth of the time of mapping if all leaves
+    /// are 4 KiB (an SPA that is not as aligned as the address).
     ///
     /// # Errors
     ///
@@ -1399,8 +1402,8 @@ mod tests {
             (0, 0, KB4 + 1, Error::Unaligned),
             (top, 0, KB4, Error::OutOfRange),
             (top - KB4, 0, 2 * KB4, Error::OutOfRange),
-            (u64::MAX & !0xfff, 0, KB4, Error::OutOfRange),
-            (u64::MAX & !0xfff, 0, 2 * KB4, Error::OutOfRange),
+            (!0xfff, 0, KB4, Error::OutOfRange),
+            (!0xfff, 0, 2 * KB4, Error::OutOfRange),
             (KB4, 0, 0u64.wrapping_sub(KB4), Error::OutOfRange),
             (0, 1 << 40, KB4, Error::OutOfRange),
             (0, (1 << 40) - KB4, 2 * KB4, Error::OutOfRange),

@@ -136,7 +136,7 @@ fn check_shape(ranges: &[Range], limit: u64) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Small address space, every page, any mask (of so few bits, none has too many gaps to be exact).
     #[test]

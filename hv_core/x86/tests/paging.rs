@@ -28,7 +28,7 @@ type Walked = Option<(u64, Attributes, bool)>;
 
 /// How the processor reads an entry of one format.
 trait Processor: Format + Debug {
-    /// Levels, where the ranges under test begin, and which attributes they use.
+    /// Where the ranges under test begin, and which attributes they use.
     const BASES: [u64; 4];
     const ATTRIBUTES: [Attributes; 4];
 
@@ -326,7 +326,7 @@ impl Change {
     }
 }
 
-/// A count of `size` units, where the first and last of the table above are as likely as the others.
+/// A count of units below `most`, where the first and last of the table above are as likely as the others.
 fn units(most: u64) -> impl Strategy<Value = u64> + Clone {
     prop_oneof![Just(0), Just(1), Just(most - 1), 0..most]
 }
@@ -660,8 +660,11 @@ fn survives_shortage<F: Processor>(layout: Layout, changes: &[Change]) {
     }
 }
 
+/// First page, count, and what to map: SPA (in GiB if even, in pages if odd) and attributes.
+type PageChange = (u64, u64, Option<(u64, usize)>);
+
 /// A window of 4 KiB pages around an edge of 1 GiB, as a map from page to translation.
-fn agrees_with_pages<F: Processor>(layout: Layout, changes: &[(u64, u64, Option<(u64, usize)>)]) {
+fn agrees_with_pages<F: Processor>(layout: Layout, changes: &[PageChange]) {
     const PAGES: u64 = 1536;
     let start = F::BASES[1].wrapping_add(GB1 - 700 * KB4);
     let mut bench = Bench::<F>::new(layout);
@@ -725,7 +728,7 @@ fn agrees_with_pages<F: Processor>(layout: Layout, changes: &[(u64, u64, Option<
     bench.destroy();
 }
 
-fn page_changes() -> impl Strategy<Value = Vec<(u64, u64, Option<(u64, usize)>)>> {
+fn page_changes() -> impl Strategy<Value = Vec<PageChange>> {
     let count = prop_oneof![1u64..8, 1u64..1600, Just(512u64)];
     let first = prop_oneof![0u64..1536, Just(188u64), Just(700u64), Just(1212u64)];
     let what = prop::option::weighted(0.6, (0u64..64, 0usize..4));
@@ -740,7 +743,7 @@ macro_rules! every_format {
 
             proptest! {
                 #![proptest_config(ProptestConfig {
-                    cases: 96,
+                    cases: 64,
                     failure_persistence: None,
                     ..ProptestConfig::default()
                 })]

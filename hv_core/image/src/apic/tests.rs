@@ -1167,6 +1167,7 @@ fn changing_to_or_from_tsc_deadline_mode_disarms() {
     let mut apic = timer(0x30, 1000, 0);
     let _ = put(&mut apic, LVT_TIMER, 0x30 | DEADLINE);
     assert_eq!(apic.timer_deadline(), None);
+    assert_eq!(get(&mut apic, INITIAL), 0);
     let _ = apic.write_tsc_deadline(5000, 0).unwrap();
     let _ = put(&mut apic, LVT_TIMER, 0x31 | DEADLINE);
     assert_eq!(apic.timer_deadline(), Some(5000), "same mode");

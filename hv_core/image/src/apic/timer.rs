@@ -14,6 +14,9 @@ struct Ratio {
 }
 
 impl Ratio {
+    /// 1 / 1.
+    const ONE: Self = Self { multiplier: 1 << 63, shift: 63 };
+
     /// `numerator / denominator`, rounded up to 64 significant bits; `None` if either is 0.
     ///
     /// Up, so that whole results come out whole: 12 TSC ticks at 1/12 are one bus tick, not none.
@@ -68,6 +71,9 @@ pub struct TimerClock {
 impl TimerClock {
     /// Bus clock that Hyper-V shows in `HV_X64_MSR_APIC_FREQUENCY`, in Hz.
     pub const HYPERV_APIC_HZ: u64 = 200_000_000;
+
+    /// TSC and bus at the same speed.
+    pub const SAME: Self = Self { to_bus: Ratio::ONE, to_tsc: Ratio::ONE };
 
     /// `None` if a frequency is 0. Both in Hz; the bus may be the faster one.
     #[must_use]
