@@ -14,6 +14,8 @@ use kernel::seq_file::SeqFile;
 #[path = "abi/src/lib.rs"]
 mod abi;
 mod launch;
+mod mshv;
+mod root;
 mod sys;
 #[allow(dead_code, unused_attributes, unreachable_pub)]
 #[path = "x86/src/lib.rs"]
@@ -62,7 +64,8 @@ extern "C" fn hv_core_cpu_online(_cpu: u32) -> i32 {
 
 /// A CPU goes down: it leaves first, because INIT cannot be held off on every processor.
 #[no_mangle]
-extern "C" fn hv_core_cpu_offline(_cpu: u32) -> i32 {
+extern "C" fn hv_core_cpu_offline(cpu: u32) -> i32 {
+    root::cpu_offline(cpu);
     if let Some(h) = hypervisor() {
         h.leave_this_cpu();
     }
@@ -91,7 +94,7 @@ extern "C" fn hv_core_status(seq: *mut kernel::bindings::seq_file) {
     let seq = unsafe { SeqFile::from_raw(seq) };
     if let Some(h) = hypervisor() {
         h.drain_log();
-        h.status(seq);
+        h.status(seq, root::print_partitions);
     }
 }
 
@@ -116,10 +119,14 @@ impl kernel::Module for HvCore {
         let hypervisor = KBox::new(Hypervisor::launch(faults)?, GFP_KERNEL)?;
         HYPERVISOR.store(KBox::into_raw(hypervisor), Ordering::Release);
         let this = HvCore;
+        if let Some(h) = self::hypervisor() {
+            root::start(h.vendor())?;
+        }
         sys::hotplug_start(&sys::CpusLocked::new())?;
         sys::notifiers_start().inspect_err(|_| sys::hotplug_stop())?;
         sys::debugfs_start();
         sys::drain_start();
+        mshv::start()?;
         if let (Ok(how), Some(h)) = (u64::try_from(provoke), self::hypervisor()) {
             h.provoke(how);
         }
@@ -133,6 +140,7 @@ impl Drop for HvCore {
         if hypervisor.is_null() {
             return;
         }
+        mshv::stop();
         sys::drain_stop();
         sys::debugfs_stop();
         sys::notifiers_stop();
@@ -140,6 +148,7 @@ impl Drop for HvCore {
         HYPERVISOR.store(ptr::null_mut(), Ordering::Release);
         // SAFETY: made by `KBox::into_raw` in `init`; the callbacks are gone.
         drop(unsafe { KBox::from_raw(hypervisor) });
+        root::stop();
         pr_info!("all CPUs are native again\n");
     }
 }

@@ -3,15 +3,24 @@
  * What the module needs from the kernel that only C can reach: macros, inline functions, per-CPU variables and
  * callback structures. No logic lives here; every function is one call, declared in sys.rs.
  */
+#include <linux/anon_inodes.h>
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
 #include <linux/debugfs.h>
+#include <linux/entry-virt.h>
+#include <linux/eventfd.h>
 #include <linux/gfp.h>
+#include <linux/hrtimer.h>
+#include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/namei.h>
+#include <linux/poll.h>
 #include <linux/reboot.h>
+#include <linux/rseq.h>
+#include <linux/sched/signal.h>
 #include <linux/seq_file.h>
+#include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/string.h>
 #include <linux/suspend.h>
@@ -22,6 +31,10 @@
 #include <asm/io.h>
 #include <asm/msr.h>
 #include <asm/processor.h>
+#include <asm/tsc.h>
+#include <hyperv/hvhdk.h>
+#include <trace/events/ipi.h>
+#include <uapi/linux/mshv.h>
 
 /* Entry points of hv_core_main.rs. */
 int hv_core_cpu_online(unsigned int cpu);
@@ -61,6 +74,12 @@ u32 hv_sys_physical_bits(void);
 u32 hv_sys_physical_bits(void)
 {
 	return boot_cpu_data.x86_phys_bits;
+}
+
+u32 hv_sys_tsc_khz(void);
+u32 hv_sys_tsc_khz(void)
+{
+	return tsc_khz;
 }
 
 unsigned int hv_sys_cpu_count(void);
@@ -284,4 +303,429 @@ void hv_sys_drain_stop(void);
 void hv_sys_drain_stop(void)
 {
 	cancel_delayed_work_sync(&drain_work);
+}
+
+/*
+ * /dev/mshv: the device and the two kinds of anonymous files. The structures of mshv/uapi.rs and abi/src/partition.rs
+ * are those of the headers:
+ */
+static_assert(MSHV_CREATE_PARTITION == 0x4010b800 && MSHV_ROOT_HVCALL == 0xc020b807);
+static_assert(MSHV_INITIALIZE_PARTITION == 0xb800 && MSHV_CREATE_VP == 0x4004b801);
+static_assert(MSHV_SET_GUEST_MEMORY == 0x4020b802 && MSHV_IRQFD == 0x4010b803);
+static_assert(MSHV_IOEVENTFD == 0x4020b804 && MSHV_SET_MSI_ROUTING == 0x4008b805);
+static_assert(MSHV_GET_GPAP_ACCESS_BITMAP == 0xc020b806 && MSHV_RUN_VP == 0x8100b800);
+static_assert(MSHV_GET_VP_STATE == 0xc010b801 && MSHV_SET_VP_STATE == 0xc010b802);
+static_assert(sizeof(struct mshv_create_partition_v2) == 64);
+static_assert(offsetof(struct mshv_create_partition_v2, pt_cpu_fbanks) == 24);
+static_assert(offsetof(struct mshv_create_partition_v2, pt_disabled_xsave) == 56);
+static_assert(sizeof(struct mshv_user_mem_region) == 32 && offsetof(struct mshv_user_mem_region, flags) == 24);
+static_assert(sizeof(struct mshv_user_irqfd) == 16 && offsetof(struct mshv_user_irqfd, gsi) == 8);
+static_assert(sizeof(struct mshv_user_ioeventfd) == 32 && offsetof(struct mshv_user_ioeventfd, fd) == 20);
+static_assert(sizeof(struct mshv_user_irq_entry) == 16 && sizeof(struct mshv_user_irq_table) == 8);
+static_assert(sizeof(struct mshv_gpap_access_bitmap) == 32);
+static_assert(offsetof(struct mshv_gpap_access_bitmap, bitmap_ptr) == 24);
+static_assert(sizeof(struct mshv_root_hvcall) == 32 && offsetof(struct mshv_root_hvcall, in_ptr) == 16);
+static_assert(sizeof(struct mshv_get_set_vp_state) == 16);
+static_assert(sizeof(struct hv_input_create_partition) == 56);
+static_assert(offsetof(struct hv_input_create_partition, compatibility_version) == 16);
+static_assert(offsetof(struct hv_input_create_partition, isolation_properties) == 48);
+static_assert(sizeof(struct hv_deposit_memory) == 8 && sizeof(struct hv_input_withdraw_memory) == 16);
+static_assert(sizeof(struct hv_input_get_partition_property) == 16);
+static_assert(sizeof(struct hv_input_set_partition_property) == 24);
+static_assert(sizeof(struct hv_input_map_gpa_pages) == 24 && sizeof(struct hv_input_unmap_gpa_pages) == 24);
+static_assert(sizeof(struct hv_create_vp) == 40 && sizeof(union hv_input_delete_vp) == 16);
+static_assert(sizeof(struct hv_input_get_vp_registers) == 16 && sizeof(struct hv_register_assoc) == 32);
+static_assert(sizeof(struct hv_input_map_vp_state_page) == 24);
+static_assert(offsetof(struct hv_input_map_vp_state_page, requested_map_location) == 16);
+static_assert(sizeof(struct hv_input_unmap_vp_state_page) == 16);
+static_assert(sizeof(struct hv_input_get_vp_state) == 40 && sizeof(struct hv_input_set_vp_state) == 40);
+static_assert(sizeof(struct hv_synthetic_timers_state) == 200);
+static_assert(sizeof(struct hv_input_assert_virtual_interrupt) == 32);
+static_assert(sizeof(struct hv_message) == 256 && sizeof(struct hv_message_header) == 16);
+static_assert(sizeof(struct hv_x64_intercept_message_header) == 40);
+static_assert(sizeof(struct hv_x64_memory_intercept_message) == 80);
+static_assert(offsetof(struct hv_x64_memory_intercept_message, guest_physical_address) == 56);
+static_assert(sizeof(struct hv_x64_apic_eoi_message) == 8);
+
+/* Entry points of mshv/mod.rs. */
+long hv_mshv_device_ioctl(unsigned int command, unsigned long argument);
+long hv_mshv_partition_ioctl(void *partition, unsigned int command, unsigned long argument);
+void hv_mshv_partition_release(void *partition);
+long hv_mshv_vp_ioctl(void *vp, unsigned int command, unsigned long argument);
+void *hv_mshv_vp_page(void *vp, unsigned long number);
+void hv_mshv_vp_release(void *vp);
+
+static long device_ioctl(struct file *file, unsigned int command, unsigned long argument)
+{
+	return hv_mshv_device_ioctl(command, argument);
+}
+
+static const struct file_operations device_fops = {
+	.owner = THIS_MODULE,
+	.unlocked_ioctl = device_ioctl,
+	.llseek = noop_llseek,
+};
+
+static struct miscdevice mshv_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "mshv",
+	.fops = &device_fops,
+	.mode = 0660,
+};
+
+static long partition_ioctl(struct file *file, unsigned int command, unsigned long argument)
+{
+	return hv_mshv_partition_ioctl(file->private_data, command, argument);
+}
+
+static int partition_release(struct inode *inode, struct file *file)
+{
+	hv_mshv_partition_release(file->private_data);
+	return 0;
+}
+
+static const struct file_operations partition_fops = {
+	.owner = THIS_MODULE,
+	.unlocked_ioctl = partition_ioctl,
+	.release = partition_release,
+	.llseek = noop_llseek,
+};
+
+static long vp_ioctl(struct file *file, unsigned int command, unsigned long argument)
+{
+	return hv_mshv_vp_ioctl(file->private_data, command, argument);
+}
+
+/* The page has a reference of its own in the mapping, and the mapping holds the file. */
+static int vp_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	void *page = hv_mshv_vp_page(file->private_data, vma->vm_pgoff);
+
+	if (IS_ERR(page))
+		return PTR_ERR(page);
+	if (vma_pages(vma) != 1 || !(vma->vm_flags & VM_SHARED))
+		return -EINVAL;
+	vm_flags_set(vma, VM_DONTEXPAND | VM_DONTDUMP);
+	return vm_insert_page(vma, vma->vm_start, virt_to_page(page));
+}
+
+static int vp_release(struct inode *inode, struct file *file)
+{
+	hv_mshv_vp_release(file->private_data);
+	return 0;
+}
+
+static const struct file_operations vp_fops = {
+	.owner = THIS_MODULE,
+	.unlocked_ioctl = vp_ioctl,
+	.mmap = vp_mmap,
+	.release = vp_release,
+	.llseek = noop_llseek,
+};
+
+int hv_sys_mshv_register(void);
+int hv_sys_mshv_register(void)
+{
+	return misc_register(&mshv_device);
+}
+
+void hv_sys_mshv_deregister(void);
+void hv_sys_mshv_deregister(void)
+{
+	misc_deregister(&mshv_device);
+}
+
+/* On success the file owns the data. */
+int hv_sys_partition_fd(void *partition);
+int hv_sys_partition_fd(void *partition)
+{
+	return anon_inode_getfd("mshv_partition", &partition_fops, partition, O_RDWR | O_CLOEXEC);
+}
+
+int hv_sys_vp_fd(void *vp);
+int hv_sys_vp_fd(void *vp)
+{
+	return anon_inode_getfd("mshv_vp", &vp_fops, vp, O_RDWR | O_CLOEXEC);
+}
+
+/* Memory: single pages for the hypervisor, charged to who asks, and pinned pages of user space. */
+int hv_sys_alloc_single_pages(unsigned int order, unsigned long owner, u64 *pfns);
+int hv_sys_alloc_single_pages(unsigned int order, unsigned long owner, u64 *pfns)
+{
+	struct page *page = alloc_pages(GFP_KERNEL_ACCOUNT | __GFP_NOWARN | (order ? __GFP_NORETRY : 0), order);
+	unsigned int i;
+
+	if (!page)
+		return -ENOMEM;
+	split_page(page, order);
+	for (i = 0; i < 1u << order; i++) {
+		set_page_private(page + i, owner);
+		pfns[i] = page_to_pfn(page + i);
+	}
+	return 0;
+}
+
+bool hv_sys_page_owned(u64 pfn, unsigned long owner);
+bool hv_sys_page_owned(u64 pfn, unsigned long owner)
+{
+	return pfn_valid(pfn) && page_private(pfn_to_page(pfn)) == owner;
+}
+
+void hv_sys_page_disown(u64 pfn);
+void hv_sys_page_disown(u64 pfn)
+{
+	set_page_private(pfn_to_page(pfn), 0);
+}
+
+/* The page may hold what the hypervisor left there. */
+void hv_sys_free_single_page(u64 pfn);
+void hv_sys_free_single_page(u64 pfn)
+{
+	set_page_private(pfn_to_page(pfn), 0);
+	clear_page(page_address(pfn_to_page(pfn)));
+	__free_page(pfn_to_page(pfn));
+}
+
+int hv_sys_pin_pages(unsigned long address, int count, bool write, struct page **pages);
+int hv_sys_pin_pages(unsigned long address, int count, bool write, struct page **pages)
+{
+	return pin_user_pages_fast(address, count, FOLL_LONGTERM | (write ? FOLL_WRITE : 0), pages);
+}
+
+void hv_sys_unpin_pages(struct page **pages, unsigned long count, bool dirty);
+void hv_sys_unpin_pages(struct page **pages, unsigned long count, bool dirty)
+{
+	unpin_user_pages_dirty_lock(pages, count, dirty);
+}
+
+u64 hv_sys_page_to_pfn(struct page *page);
+u64 hv_sys_page_to_pfn(struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+/* Scheduling around a virtual processor. */
+void hv_sys_preempt_disable(void);
+void hv_sys_preempt_disable(void)
+{
+	preempt_disable();
+}
+
+void hv_sys_preempt_enable(void);
+void hv_sys_preempt_enable(void)
+{
+	preempt_enable();
+}
+
+int hv_sys_guest_mode_work(void);
+int hv_sys_guest_mode_work(void)
+{
+	return __xfer_to_guest_mode_work_pending() ? xfer_to_guest_mode_handle_work() : 0;
+}
+
+void hv_sys_guest_mode_end(void);
+void hv_sys_guest_mode_end(void)
+{
+	rseq_virt_userspace_exit();
+}
+
+int hv_sys_reschedule(void);
+int hv_sys_reschedule(void)
+{
+	cond_resched();
+	return fatal_signal_pending(current) ? -EINTR : 0;
+}
+
+void hv_sys_interrupt_cpu(unsigned int cpu);
+void hv_sys_interrupt_cpu(unsigned int cpu)
+{
+	smp_send_reschedule(cpu);
+}
+
+void hv_sys_call_on_each_cpu(void (*call)(void *data), void *data);
+void hv_sys_call_on_each_cpu(void (*call)(void *data), void *data)
+{
+	on_each_cpu(call, data, 1);
+}
+
+int hv_sys_call_on_one_cpu(unsigned int cpu, void (*call)(void *data), void *data);
+int hv_sys_call_on_one_cpu(unsigned int cpu, void (*call)(void *data), void *data)
+{
+	return smp_call_function_single(cpu, call, data, 1);
+}
+
+u64 hv_sys_time(void);
+u64 hv_sys_time(void)
+{
+	return ktime_get_ns();
+}
+
+/* What the thread of a virtual processor sleeps on: a completion, and a timer that completes it. */
+struct hv_alarm {
+	struct hrtimer timer;
+	struct completion done;
+	bool fired;
+};
+
+static enum hrtimer_restart alarm_fires(struct hrtimer *timer)
+{
+	struct hv_alarm *alarm = container_of(timer, struct hv_alarm, timer);
+
+	WRITE_ONCE(alarm->fired, true);
+	complete(&alarm->done);
+	return HRTIMER_NORESTART;
+}
+
+struct hv_alarm *hv_sys_alarm_new(void);
+struct hv_alarm *hv_sys_alarm_new(void)
+{
+	struct hv_alarm *alarm = kzalloc(sizeof(*alarm), GFP_KERNEL_ACCOUNT);
+
+	if (alarm) {
+		hrtimer_setup(&alarm->timer, alarm_fires, CLOCK_MONOTONIC, HRTIMER_MODE_REL_PINNED_HARD);
+		init_completion(&alarm->done);
+	}
+	return alarm;
+}
+
+void hv_sys_alarm_free(struct hv_alarm *alarm);
+void hv_sys_alarm_free(struct hv_alarm *alarm)
+{
+	hrtimer_cancel(&alarm->timer);
+	kfree(alarm);
+}
+
+void hv_sys_alarm_set(struct hv_alarm *alarm, u64 nanoseconds);
+void hv_sys_alarm_set(struct hv_alarm *alarm, u64 nanoseconds)
+{
+	WRITE_ONCE(alarm->fired, false);
+	hrtimer_start(&alarm->timer, ns_to_ktime(nanoseconds), HRTIMER_MODE_REL_PINNED_HARD);
+}
+
+bool hv_sys_alarm_fired(struct hv_alarm *alarm);
+bool hv_sys_alarm_fired(struct hv_alarm *alarm)
+{
+	return READ_ONCE(alarm->fired);
+}
+
+void hv_sys_alarm_reset(struct hv_alarm *alarm);
+void hv_sys_alarm_reset(struct hv_alarm *alarm)
+{
+	reinit_completion(&alarm->done);
+}
+
+void hv_sys_alarm_wake(struct hv_alarm *alarm);
+void hv_sys_alarm_wake(struct hv_alarm *alarm)
+{
+	complete(&alarm->done);
+}
+
+int hv_sys_alarm_wait(struct hv_alarm *alarm);
+int hv_sys_alarm_wait(struct hv_alarm *alarm)
+{
+	return wait_for_completion_interruptible(&alarm->done);
+}
+
+/* Event file descriptors: those we signal, and those that signal us. */
+struct eventfd_ctx *hv_sys_eventfd_get(int fd);
+struct eventfd_ctx *hv_sys_eventfd_get(int fd)
+{
+	return eventfd_ctx_fdget(fd);
+}
+
+void hv_sys_eventfd_put(struct eventfd_ctx *event);
+void hv_sys_eventfd_put(struct eventfd_ctx *event)
+{
+	eventfd_ctx_put(event);
+}
+
+void hv_sys_eventfd_signal(struct eventfd_ctx *event);
+void hv_sys_eventfd_signal(struct eventfd_ctx *event)
+{
+	eventfd_signal(event);
+}
+
+/* Entry point of root/interrupt.rs, called with interrupts off. */
+void hv_root_irqfd_signalled(void *irqfd);
+
+struct hv_irqfd {
+	wait_queue_entry_t wait;
+	poll_table table;
+	struct eventfd_ctx *event;
+	void *owner;
+	bool closed;
+};
+
+static int irqfd_wake(wait_queue_entry_t *wait, unsigned int mode, int sync, void *key)
+{
+	struct hv_irqfd *irqfd = container_of(wait, struct hv_irqfd, wait);
+	__poll_t events = key_to_poll(key);
+	u64 count;
+
+	if (events & EPOLLHUP)
+		WRITE_ONCE(irqfd->closed, true);
+	if (!(events & EPOLLIN))
+		return 0;
+	eventfd_ctx_do_read(irqfd->event, &count);
+	hv_root_irqfd_signalled(irqfd->owner);
+	return 1;
+}
+
+static void irqfd_queue(struct file *file, wait_queue_head_t *head, poll_table *table)
+{
+	struct hv_irqfd *irqfd = container_of(table, struct hv_irqfd, table);
+
+	irqfd->wait.flags |= WQ_FLAG_EXCLUSIVE;
+	add_wait_queue_priority(head, &irqfd->wait);
+}
+
+/* Takes over the reference to the event only on success. 1 if the event was signalled already. */
+struct hv_irqfd *hv_sys_irqfd_new(int fd, struct eventfd_ctx *event, void *owner, int *signalled);
+struct hv_irqfd *hv_sys_irqfd_new(int fd, struct eventfd_ctx *event, void *owner, int *signalled)
+{
+	struct hv_irqfd *irqfd = kzalloc(sizeof(*irqfd), GFP_KERNEL_ACCOUNT);
+	struct eventfd_ctx *same;
+	struct file *file;
+
+	if (!irqfd)
+		return ERR_PTR(-ENOMEM);
+	file = eventfd_fget(fd);
+	if (IS_ERR(file)) {
+		kfree(irqfd);
+		return ERR_CAST(file);
+	}
+	/* The descriptor may name another file by now. */
+	same = eventfd_ctx_fileget(file);
+	if (IS_ERR(same) || same != event) {
+		if (!IS_ERR(same))
+			eventfd_ctx_put(same);
+		fput(file);
+		kfree(irqfd);
+		return ERR_PTR(-EBADF);
+	}
+	eventfd_ctx_put(same);
+	irqfd->event = event;
+	irqfd->owner = owner;
+	init_waitqueue_func_entry(&irqfd->wait, irqfd_wake);
+	init_poll_funcptr(&irqfd->table, irqfd_queue);
+	*signalled = !!(vfs_poll(file, &irqfd->table) & EPOLLIN);
+	fput(file);
+	return irqfd;
+}
+
+/* Afterwards no call of the owner runs or comes. */
+void hv_sys_irqfd_free(struct hv_irqfd *irqfd);
+void hv_sys_irqfd_free(struct hv_irqfd *irqfd)
+{
+	u64 count;
+
+	eventfd_ctx_remove_wait_queue(irqfd->event, &irqfd->wait, &count);
+	eventfd_ctx_put(irqfd->event);
+	kfree(irqfd);
+}
+
+bool hv_sys_irqfd_closed(const struct hv_irqfd *irqfd);
+bool hv_sys_irqfd_closed(const struct hv_irqfd *irqfd)
+{
+	return READ_ONCE(irqfd->closed);
 }

@@ -15,6 +15,7 @@ mod ffi {
         pub(super) fn hv_sys_virt_to_phys(address: *const c_void) -> u64;
         pub(super) fn hv_sys_direct_map() -> u64;
         pub(super) fn hv_sys_physical_bits() -> u32;
+        pub(super) fn hv_sys_tsc_khz() -> u32;
         pub(super) fn hv_sys_cpu_count() -> c_uint;
         pub(super) fn hv_sys_cpu_possible(cpu: c_uint) -> bool;
         pub(super) fn hv_sys_cpu_online(cpu: c_uint) -> bool;
@@ -40,6 +41,60 @@ mod ffi {
         pub(super) fn hv_sys_debugfs_stop();
         pub(super) fn hv_sys_drain_start();
         pub(super) fn hv_sys_drain_stop();
+        pub(super) fn hv_sys_mshv_register() -> c_int;
+        pub(super) fn hv_sys_mshv_deregister();
+        pub(super) fn hv_sys_partition_fd(partition: *mut c_void) -> c_int;
+        pub(super) fn hv_sys_vp_fd(vp: *mut c_void) -> c_int;
+        pub(super) fn hv_sys_alloc_single_pages(
+            order: c_uint,
+            owner: c_ulong,
+            pfns: *mut u64,
+        ) -> c_int;
+        pub(super) fn hv_sys_page_owned(pfn: u64, owner: c_ulong) -> bool;
+        pub(super) fn hv_sys_page_disown(pfn: u64);
+        pub(super) fn hv_sys_free_single_page(pfn: u64);
+        pub(super) fn hv_sys_pin_pages(
+            address: c_ulong,
+            count: c_int,
+            write: bool,
+            pages: *mut *mut c_void,
+        ) -> c_int;
+        pub(super) fn hv_sys_unpin_pages(pages: *mut *mut c_void, count: c_ulong, dirty: bool);
+        pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
+        pub(super) fn hv_sys_preempt_disable();
+        pub(super) fn hv_sys_preempt_enable();
+        pub(super) fn hv_sys_guest_mode_work() -> c_int;
+        pub(super) fn hv_sys_guest_mode_end();
+        pub(super) fn hv_sys_reschedule() -> c_int;
+        pub(super) fn hv_sys_interrupt_cpu(cpu: c_uint);
+        pub(super) fn hv_sys_call_on_each_cpu(
+            call: unsafe extern "C" fn(*mut c_void),
+            data: *mut c_void,
+        );
+        pub(super) fn hv_sys_call_on_one_cpu(
+            cpu: c_uint,
+            call: unsafe extern "C" fn(*mut c_void),
+            data: *mut c_void,
+        ) -> c_int;
+        pub(super) fn hv_sys_time() -> u64;
+        pub(super) fn hv_sys_alarm_new() -> *mut c_void;
+        pub(super) fn hv_sys_alarm_free(alarm: *mut c_void);
+        pub(super) fn hv_sys_alarm_set(alarm: *mut c_void, nanoseconds: u64);
+        pub(super) fn hv_sys_alarm_fired(alarm: *mut c_void) -> bool;
+        pub(super) fn hv_sys_alarm_reset(alarm: *mut c_void);
+        pub(super) fn hv_sys_alarm_wake(alarm: *mut c_void);
+        pub(super) fn hv_sys_alarm_wait(alarm: *mut c_void) -> c_int;
+        pub(super) fn hv_sys_eventfd_get(fd: c_int) -> *mut c_void;
+        pub(super) fn hv_sys_eventfd_put(event: *mut c_void);
+        pub(super) fn hv_sys_eventfd_signal(event: *mut c_void);
+        pub(super) fn hv_sys_irqfd_new(
+            fd: c_int,
+            event: *mut c_void,
+            owner: *mut c_void,
+            signalled: *mut c_int,
+        ) -> *mut c_void;
+        pub(super) fn hv_sys_irqfd_free(irqfd: *mut c_void);
+        pub(super) fn hv_sys_irqfd_closed(irqfd: *const c_void) -> bool;
         pub(super) fn hv_vmcall(control: u64, input: u64, output: u64) -> HypercallResult;
         pub(super) fn hv_vmmcall(control: u64, input: u64, output: u64) -> HypercallResult;
         pub(super) static hv_trampoline_bytes: u64;
@@ -126,6 +181,12 @@ pub(crate) fn direct_map() -> u64 {
 pub(crate) fn physical_bits() -> u32 {
     // SAFETY: no precondition.
     unsafe { ffi::hv_sys_physical_bits() }
+}
+
+/// TSC ticks per second.
+pub(crate) fn tsc_hz() -> u64 {
+    // SAFETY: no precondition.
+    u64::from(unsafe { ffi::hv_sys_tsc_khz() }) * 1000
 }
 
 /// One more than the highest CPU number.
@@ -317,4 +378,339 @@ pub(crate) fn trampoline() -> (u64, u64) {
     let start = hv_svm_enter as usize as u64;
     // SAFETY: a constant of `enter.S`.
     (start, start + unsafe { ffi::hv_trampoline_bytes })
+}
+
+/// Makes `/dev/mshv` appear.
+pub(crate) fn mshv_register() -> Result {
+    // SAFETY: the callbacks exist for as long as the module.
+    kernel::error::to_result(unsafe { ffi::hv_sys_mshv_register() })
+}
+
+/// Takes it away.
+pub(crate) fn mshv_deregister() {
+    // SAFETY: called once after a successful registration.
+    unsafe { ffi::hv_sys_mshv_deregister() }
+}
+
+/// Gives the caller's process a partition file that owns `partition`, which comes back to
+/// `hv_mshv_partition_release`.
+///
+/// # Safety
+/// `partition` must be what the partition callbacks of `mshv/mod.rs` expect. On an error it stays the
+/// caller's.
+pub(crate) unsafe fn partition_fd(partition: *mut c_void) -> Result<i32> {
+    // SAFETY: by the caller's promise.
+    let fd = unsafe { ffi::hv_sys_partition_fd(partition) };
+    kernel::error::to_result(fd)?;
+    Ok(fd)
+}
+
+/// Gives the caller's process a VP file that owns `vp`, which comes back to `hv_mshv_vp_release`.
+///
+/// # Safety
+/// As for [`partition_fd`], for the VP callbacks.
+pub(crate) unsafe fn vp_fd(vp: *mut c_void) -> Result<i32> {
+    // SAFETY: by the caller's promise.
+    let fd = unsafe { ffi::hv_sys_vp_fd(vp) };
+    kernel::error::to_result(fd)?;
+    Ok(fd)
+}
+
+/// Allocates `1 << order` pages that are freed one by one and writes their numbers to `pfns`. They are marked with
+/// their owner, a number that is not 0.
+pub(crate) fn alloc_single_pages(order: u32, owner: u64, pfns: &mut [u64]) -> Result {
+    if pfns.len() != 1 << order {
+        return Err(EINVAL);
+    }
+    // SAFETY: the slice has room for all numbers; process context.
+    kernel::error::to_result(unsafe {
+        ffi::hv_sys_alloc_single_pages(order, owner as c_ulong, pfns.as_mut_ptr())
+    })
+}
+
+/// Whether a page is marked as the owner's. The number may be anything.
+pub(crate) fn is_own_page(pfn: u64, owner: u64) -> bool {
+    // SAFETY: the function looks only at pages that exist.
+    unsafe { ffi::hv_sys_page_owned(pfn, owner as c_ulong) }
+}
+
+/// Takes the owner's mark off a page; false if it had none.
+pub(crate) fn disown_page(pfn: u64, owner: u64) -> bool {
+    let own = is_own_page(pfn, owner);
+    if own {
+        // SAFETY: the page exists and is ours.
+        unsafe { ffi::hv_sys_page_disown(pfn) };
+    }
+    own
+}
+
+/// Wipes and frees a page of [`alloc_single_pages`].
+///
+/// # Safety
+/// The page must be the caller's, and nobody may use it any more.
+pub(crate) unsafe fn free_single_page(pfn: u64) {
+    // SAFETY: by the caller's promise.
+    unsafe { ffi::hv_sys_free_single_page(pfn) }
+}
+
+/// A page of user space that is pinned: a `struct page`, or null.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct PinnedPage(*mut c_void);
+
+// SAFETY: it names memory; who holds it decides on its end.
+unsafe impl Send for PinnedPage {}
+// SAFETY: as above.
+unsafe impl Sync for PinnedPage {}
+
+impl PinnedPage {
+    /// No page.
+    pub(crate) const NONE: Self = Self(core::ptr::null_mut());
+
+    /// Page number.
+    pub(crate) fn pfn(self) -> u64 {
+        // SAFETY: the callers do not ask this of `NONE`; the arithmetic touches no memory.
+        unsafe { ffi::hv_sys_page_to_pfn(self.0) }
+    }
+}
+
+/// Pins pages of the current process for a long time, as many as it can up to the length of `pages`.
+pub(crate) fn pin_pages(address: u64, write: bool, pages: &mut [PinnedPage]) -> Result<usize> {
+    let count = c_int::try_from(pages.len()).map_err(|_| EINVAL)?;
+    // SAFETY: the slice has room for `count` pointers; the function checks the address.
+    let pinned = unsafe {
+        ffi::hv_sys_pin_pages(address as c_ulong, count, write, pages.as_mut_ptr().cast())
+    };
+    kernel::error::to_result(pinned)?;
+    usize::try_from(pinned).map_err(|_| EFAULT)
+}
+
+/// Lets pages of [`pin_pages`] go, marking them as written to if `dirty`.
+///
+/// # Safety
+/// All must be pinned by the caller, and no longer reachable by a child.
+pub(crate) unsafe fn unpin_pages(pages: &mut [PinnedPage], dirty: bool) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        ffi::hv_sys_unpin_pages(pages.as_mut_ptr().cast(), pages.len() as c_ulong, dirty);
+    }
+}
+
+/// Preemption is off while it lives.
+pub(crate) struct PreemptOff(());
+
+impl PreemptOff {
+    /// Switches preemption off.
+    pub(crate) fn new() -> Self {
+        // SAFETY: paired with the drop in the same thread.
+        unsafe { ffi::hv_sys_preempt_disable() };
+        Self(())
+    }
+}
+
+impl Drop for PreemptOff {
+    fn drop(&mut self) {
+        // SAFETY: switched off by `new`.
+        unsafe { ffi::hv_sys_preempt_enable() };
+    }
+}
+
+/// What must be done before a thread runs a guest: rescheduling, task work. `EINTR` if a signal waits.
+pub(crate) fn guest_mode_work() -> Result {
+    // SAFETY: process context, interrupts on.
+    kernel::error::to_result(unsafe { ffi::hv_sys_guest_mode_work() })
+}
+
+/// What must be done once a thread goes back to user space after it ran a guest.
+pub(crate) fn guest_mode_end() {
+    // SAFETY: process context.
+    unsafe { ffi::hv_sys_guest_mode_end() }
+}
+
+/// A point in a long loop: lets others run. `EINTR` if the process is being killed.
+pub(crate) fn reschedule() -> Result {
+    // SAFETY: process context.
+    kernel::error::to_result(unsafe { ffi::hv_sys_reschedule() })
+}
+
+/// Interrupts a CPU, so that a child that runs there exits.
+pub(crate) fn interrupt_cpu(cpu: u32) {
+    // SAFETY: the callers name a CPU that is online, because a thread runs on it.
+    unsafe { ffi::hv_sys_interrupt_cpu(cpu) }
+}
+
+unsafe extern "C" fn call_shared<F: Fn() + Sync>(data: *mut c_void) {
+    // SAFETY: `data` is the closure of `call_on_each_cpu` or `call_on_one_cpu`, which wait.
+    unsafe { (*data.cast::<F>())() }
+}
+
+/// Calls `call` on every CPU that is online, with interrupts off, and waits for all.
+pub(crate) fn call_on_each_cpu<F: Fn() + Sync>(call: F) {
+    // SAFETY: waits for the end of the calls, so the closure outlives them.
+    unsafe { ffi::hv_sys_call_on_each_cpu(call_shared::<F>, (&raw const call).cast_mut().cast()) }
+}
+
+/// Calls `call` on one CPU with interrupts off and waits; `ENXIO` if it is offline.
+pub(crate) fn call_on_one_cpu<F: Fn() + Sync>(cpu: u32, call: F) -> Result {
+    // SAFETY: waits for the end of the call, so the closure outlives it.
+    kernel::error::to_result(unsafe {
+        ffi::hv_sys_call_on_one_cpu(cpu, call_shared::<F>, (&raw const call).cast_mut().cast())
+    })
+}
+
+/// Nanoseconds of the monotonic clock.
+pub(crate) fn time() -> u64 {
+    // SAFETY: no precondition.
+    unsafe { ffi::hv_sys_time() }
+}
+
+/// Something one thread sleeps on, with a timer. Anybody may wake it, in any context.
+pub(crate) struct Alarm(NonNull<c_void>);
+
+// SAFETY: all functions of the shim on it may be called from every thread.
+unsafe impl Send for Alarm {}
+// SAFETY: as above.
+unsafe impl Sync for Alarm {}
+
+impl Alarm {
+    /// A new one, not set.
+    pub(crate) fn new() -> Result<Self> {
+        // SAFETY: process context.
+        NonNull::new(unsafe { ffi::hv_sys_alarm_new() }).map(Self).ok_or(ENOMEM)
+    }
+
+    /// Starts the timer of this CPU, in place of an earlier one.
+    pub(crate) fn set(&self, nanoseconds: u64) {
+        // SAFETY: the object lives as long as `self`.
+        unsafe { ffi::hv_sys_alarm_set(self.0.as_ptr(), nanoseconds) }
+    }
+
+    /// Whether the timer ended since it was set.
+    pub(crate) fn fired(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { ffi::hv_sys_alarm_fired(self.0.as_ptr()) }
+    }
+
+    /// Forgets earlier wake-ups. Only the thread that sleeps calls it.
+    pub(crate) fn reset(&self) {
+        // SAFETY: as above.
+        unsafe { ffi::hv_sys_alarm_reset(self.0.as_ptr()) }
+    }
+
+    /// Ends the sleep, or the next one.
+    pub(crate) fn wake(&self) {
+        // SAFETY: as above.
+        unsafe { ffi::hv_sys_alarm_wake(self.0.as_ptr()) }
+    }
+
+    /// Sleeps until the timer ends or somebody wakes us. `EINTR` if a signal waits.
+    pub(crate) fn wait(&self) -> Result {
+        // SAFETY: as above; process context.
+        match unsafe { ffi::hv_sys_alarm_wait(self.0.as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(EINTR),
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: nobody has the object but us.
+        unsafe { ffi::hv_sys_alarm_free(self.0.as_ptr()) }
+    }
+}
+
+fn pointer_or_error(pointer: *mut c_void) -> Result<NonNull<c_void>> {
+    NonNull::new(kernel::error::from_err_ptr(pointer)?).ok_or(ENOMEM)
+}
+
+/// A counted reference to the object behind an event file descriptor.
+pub(crate) struct EventFd(NonNull<c_void>);
+
+// SAFETY: the object is reference counted and has its own lock.
+unsafe impl Send for EventFd {}
+// SAFETY: as above.
+unsafe impl Sync for EventFd {}
+
+impl EventFd {
+    /// That of a descriptor of this process: `EBADF` if it is none, `EINVAL` if it is not an eventfd.
+    pub(crate) fn get(fd: i32) -> Result<Self> {
+        // SAFETY: process context; the function checks the number.
+        pointer_or_error(unsafe { ffi::hv_sys_eventfd_get(fd) }).map(Self)
+    }
+
+    /// Adds 1 to its counter. Any context.
+    pub(crate) fn signal(&self) {
+        // SAFETY: we hold a reference.
+        unsafe { ffi::hv_sys_eventfd_signal(self.0.as_ptr()) }
+    }
+}
+
+impl PartialEq for EventFd {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+impl Drop for EventFd {
+    fn drop(&mut self) {
+        // SAFETY: we hold a reference and never use it again.
+        unsafe { ffi::hv_sys_eventfd_put(self.0.as_ptr()) }
+    }
+}
+
+/// A hook on an eventfd: `hv_root_irqfd_signalled` is called when it is signalled, until this is dropped.
+pub(crate) struct EventHook {
+    hook: NonNull<c_void>,
+    event: NonNull<c_void>,
+}
+
+// SAFETY: all functions of the shim on it may be called from every thread.
+unsafe impl Send for EventHook {}
+// SAFETY: as above.
+unsafe impl Sync for EventHook {}
+
+impl EventHook {
+    /// Hooks on to `event`, which `fd` names. True if it was signalled before.
+    ///
+    /// # Safety
+    /// `owner` must be what `hv_root_irqfd_signalled` expects, until the hook is dropped.
+    pub(crate) unsafe fn new(fd: i32, event: EventFd, owner: *mut c_void) -> Result<(Self, bool)> {
+        let mut signalled = 0;
+        // SAFETY: the event is referenced; by the caller's promise for the owner.
+        let hook = pointer_or_error(unsafe {
+            ffi::hv_sys_irqfd_new(fd, event.0.as_ptr(), owner, &mut signalled)
+        })?;
+        let this = Self { hook, event: event.0 };
+        // The reference is the hook's now.
+        core::mem::forget(event);
+        Ok((this, signalled != 0))
+    }
+
+    /// Whether it hangs on this event.
+    pub(crate) fn is_on(&self, event: &EventFd) -> bool {
+        self.event == event.0
+    }
+
+    /// Whether the last descriptor of the event was closed.
+    pub(crate) fn is_closed(&self) -> bool {
+        // SAFETY: the object lives as long as `self`.
+        unsafe { ffi::hv_sys_irqfd_closed(self.hook.as_ptr()) }
+    }
+}
+
+impl Drop for EventHook {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; process context.
+        unsafe { ffi::hv_sys_irqfd_free(self.hook.as_ptr()) }
+    }
+}
+
+/// Nanoseconds until the TSC reaches `deadline`, rounded up; 0 if it did.
+pub(crate) fn nanoseconds_until(deadline: u64) -> u64 {
+    // SAFETY: every x86-64 processor has a TSC.
+    let rest = deadline.saturating_sub(unsafe { core::arch::x86_64::_rdtsc() });
+    let khz = u64::from(unsafe { ffi::hv_sys_tsc_khz() }).max(1);
+    // Beyond an hour the exact value does not matter, and it cannot overflow.
+    (rest.min(khz.saturating_mul(3_600_000)) * 1000).div_ceil(khz).saturating_mul(1000)
 }

@@ -81,6 +81,14 @@ read_register! {
     read_gs: "gs";
 }
 
+/// XCR0.
+pub(crate) fn read_xcr0() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: every processor with the extension has XSAVE, and Linux sets CR4.OSXSAVE.
+    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// TR.
 pub(crate) fn task_register() -> u16 {
     let value: u16;

@@ -6,9 +6,10 @@ use core::mem::offset_of;
 
 use kernel::prelude::*;
 
-use crate::abi::boot::{BootInfo, CpuArea, ImageHeader, TableRegister, Vendor, VpContext, IMAGE_MAGIC};
+use crate::abi::boot::{BootInfo, CpuArea, ImageHeader, TableRegister, Vendor, VmxCapabilityMsrs, VpContext, IMAGE_MAGIC};
 use crate::abi::layout::{
-    cpu_block, cpu_page, selector, stats_page, APIC_PAGE, DIRECT_BASE, IMAGE_BASE, PAGE_SIZE, SHARED_BASE,
+    cpu_block, cpu_page, selector, stats_page, APIC_PAGE, CPU_WINDOWS, DIRECT_BASE, IMAGE_BASE, PAGE_SIZE,
+    SHARED_BASE, WINDOW_COUNT,
 };
 use crate::abi::log::{LogRing, LOG_PAGES};
 use crate::abi::stats::StatsPage;
@@ -22,12 +23,17 @@ use crate::x86::root::{fill_root_msrpm, VmxControls};
 use crate::x86::vmcb::msrpm;
 
 /// Pages of the pool besides those that grow with the machine.
-const POOL_BASE_PAGES: u64 = 96;
+const POOL_BASE_PAGES: u64 = 512;
 /// Pool pages per CPU: its own table, and tables that split the second-level mapping around its block.
 const POOL_PAGES_PER_CPU: u64 = 4;
 /// Pages of the AMD-V permission maps: 2 for MSRs, 3 for ports.
 const MSRPM_PAGES: u64 = 2;
 const IOPM_PAGES: u64 = 3;
+
+/// MSRs that a child reads and writes without an exit: SYSENTER, the system-call MSRs and the bases.
+const CHILD_MSRS: [u32; 10] = [
+    0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0100, 0xc000_0101, 0xc000_0102,
+];
 
 /// Memory of one CPU.
 pub(crate) struct CpuBlock {
@@ -224,6 +230,9 @@ impl Loaded {
             };
             fill_root_msrpm(map);
         }
+        let child_msr_map = tables.take(MSRPM_PAGES).ok_or(ENOMEM)?;
+        let child_iopm = tables.take(IOPM_PAGES).ok_or(ENOMEM)?;
+        fill_child_maps(facts.vendor(), child_msr_map, child_iopm);
         let mut this = Self {
             facts,
             header,
@@ -243,6 +252,21 @@ impl Loaded {
                 physical_bits: bits,
                 vmx_cet: VmxControls::root(&facts.vmx, facts.instructions()).cet.into(),
                 svm_next_rip: facts.svm_next_rip().into(),
+                host_levels: if facts.la57() { 5 } else { 4 },
+                slat_1g: facts.second_level_1g().into(),
+                child_msr_map,
+                child_iopm,
+                tsc_hz: sys::tsc_hz(),
+                vmx: VmxCapabilityMsrs {
+                    basic: facts.vmx.basic,
+                    pin: facts.vmx.pin,
+                    processor: facts.vmx.processor,
+                    secondary: facts.vmx.secondary,
+                    exit: facts.vmx.exit,
+                    entry: facts.vmx.entry,
+                },
+                root_xcr0: crate::launch::cpu::read_xcr0(),
+                xsaves: facts.instructions().xsaves.into(),
             },
             image,
             pool,
@@ -399,11 +423,16 @@ impl Loaded {
             }
         }
         for block in &self.blocks {
-            let mapped = (0..cpu_block::IST + cpu_block::IST_COUNT)
+            let mapped = (0..cpu_block::PAGES)
                 .filter(|page| ![cpu_block::GUARD, cpu_block::IST_GUARD].contains(page));
             for page in mapped {
                 let address = cpu_page(block.cpu as usize, page);
                 map(address, block.page_spa(page), PAGE_SIZE, Attributes::RW)?;
+            }
+            // The windows show the zero page until their first use; this makes their tables.
+            let windows = cpu_page(block.cpu as usize, 0) + CPU_WINDOWS;
+            for window in 0..WINDOW_COUNT {
+                map(windows + window * PAGE_SIZE, self.zero.spa(), PAGE_SIZE, Attributes::R)?;
             }
         }
         map(SHARED_BASE, self.log.spa(), LOG_PAGES as u64 * PAGE_SIZE, Attributes::RW)?;
@@ -483,6 +512,41 @@ fn gate(handler: u64, ist: u64) -> [u64; 2] {
         | 0x8e << 40
         | (handler >> 16 & 0xffff) << 48;
     [low, handler >> 32]
+}
+
+/// Permission maps of children: everything exits, but MSRs that the world switch saves and loads.
+fn fill_child_maps(vendor: Vendor, msr_map: u64, iopm: u64) {
+    // SAFETY: both were just taken from the pool and have these sizes.
+    let (msrs, ports) = unsafe {
+        (
+            core::slice::from_raw_parts_mut((sys::direct_map() + msr_map) as *mut u8, msrpm::BYTES),
+            core::slice::from_raw_parts_mut((sys::direct_map() + iopm) as *mut u8, 3 * PAGE_SIZE as usize),
+        )
+    };
+    ports.fill(0xff);
+    msrs.fill(0xff);
+    for number in CHILD_MSRS {
+        match vendor {
+            Vendor::Svm => {
+                if let Some((byte, shift)) = msrpm::position(number) {
+                    if let Some(b) = msrs.get_mut(byte) {
+                        *b &= !(3 << shift);
+                    }
+                }
+            }
+            // VMX bitmap: read low, read high, write low, write high, 1 KiB each (SDM 26.6.9).
+            Vendor::Vmx => {
+                let high = number >= 0xc000_0000;
+                let bit = number & 0x1fff;
+                for part in [0, 2048] {
+                    let byte = part + if high { 1024 } else { 0 } + bit as usize / 8;
+                    if let Some(b) = msrs.get_mut(byte) {
+                        *b &= !(1 << (bit % 8));
+                    }
+                }
+            }
+        }
+    }
 }
 
 fn new_block(cpu: u32, header: &ImageHeader) -> Result<CpuBlock> {

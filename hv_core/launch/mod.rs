@@ -11,6 +11,7 @@ use kernel::prelude::*;
 use kernel::seq_file::SeqFile;
 use kernel::seq_print;
 
+use crate::abi::boot::Vendor;
 use crate::abi::hypercall::private;
 use crate::abi::status::HvStatus;
 use crate::abi::stats::{EXIT_KINDS, EXIT_NAMES};
@@ -149,8 +150,13 @@ impl Hypervisor {
         READER.store(false, Ordering::Release);
     }
 
-    /// Prints the status as one JSON document.
-    pub(crate) fn status(&self, seq: &SeqFile) {
+    /// Whose extension runs the image.
+    pub(crate) fn vendor(&self) -> Vendor {
+        self.image.vendor()
+    }
+
+    /// Prints the status as one JSON document; `partitions` prints the elements of that list.
+    pub(crate) fn status(&self, seq: &SeqFile, partitions: impl FnOnce(&SeqFile)) {
         let [image, block, pool] = self.image.sizes();
         let state = if self.is_faulted() { "faulted" } else { "launched" };
         seq_print!(seq, "{{\"state\":\"{}\",\"vendor\":\"{:?}\",", state, self.image.vendor());
@@ -191,7 +197,9 @@ impl Hypervisor {
                 stats.sealed_accesses.load(Ordering::Relaxed)
             );
         }
-        seq_print!(seq, "],\"partitions\":[],\"refusal\":null}}\n");
+        seq_print!(seq, "],\"partitions\":[");
+        partitions(seq);
+        seq_print!(seq, "],\"refusal\":null}}\n");
     }
 }
 

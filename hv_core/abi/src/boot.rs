@@ -44,6 +44,19 @@ pub enum Vendor {
     Svm = 2,
 }
 
+/// Capability MSRs of VT-x that decide on a child's controls (SDM appendix A).
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+#[allow(missing_docs)] // The names are the MSRs'.
+pub struct VmxCapabilityMsrs {
+    pub basic: u64,
+    pub pin: u64,
+    pub processor: u64,
+    pub secondary: u64,
+    pub exit: u64,
+    pub entry: u64,
+}
+
 /// Facts for all CPUs, written once by the loader before the first CPU enters.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -78,6 +91,22 @@ pub struct BootInfo {
     pub vmx_cet: u32,
     /// 1 if the processor saves the address of the next instruction at exits (AMD-V NRIPS).
     pub svm_next_rip: u32,
+    /// Levels of the image's page tables, as many as Linux has.
+    pub host_levels: u32,
+    /// 1 if second-level tables may have 1 GiB leaves.
+    pub slat_1g: u32,
+    /// Two pages, MSR bitmap (VT-x) or permission map (AMD-V) of children.
+    pub child_msr_map: u64,
+    /// Three pages, I/O permission map of children: all ports exit (AMD-V).
+    pub child_iopm: u64,
+    /// Host TSC ticks per second.
+    pub tsc_hz: u64,
+    /// The VMX capability MSRs as the loader read them.
+    pub vmx: VmxCapabilityMsrs,
+    /// XCR0 of the root when the loader ran, and whether XSAVES exists.
+    pub root_xcr0: u64,
+    /// 1 if XSAVES and XRSTORS exist.
+    pub xsaves: u64,
 }
 
 /// Registers of a virtual processor that hardware does not switch, in the order of their numbers.
@@ -223,6 +252,8 @@ pub struct CpuArea {
     pub tss: [u32; 26],
     /// Primary processor-based controls of the root (VT-x).
     pub vmx_processor_controls: u64,
+    /// Address of the VP that ran last on this CPU: another one finds foreign translations under the children's ASID.
+    pub last_child: u64,
     /// What leaving restores.
     pub leave: LeaveFrame,
 }

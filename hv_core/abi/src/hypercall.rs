@@ -154,6 +154,11 @@ pub mod private {
     /// Makes the image fault in the way RDX selects (see [`super::fault`]). Test builds of the module
     /// call it; it is answered only when the boot information allows it.
     pub const FAULT: u16 = 0xf003;
+    /// Takes a VP (partition in RDX, index in R8) off this CPU, where it was dispatched last: whatever the
+    /// CPU still holds of it goes to memory (VT-x: VMCLEAR). Fast; a VP that is not here is no error. The
+    /// root calls it before it dispatches the VP on another CPU, before the CPU goes offline, and before
+    /// the partition is finalized.
+    pub const DETACH_VP: u16 = 0xf004;
 }
 
 /// What [`private::FAULT`] provokes.

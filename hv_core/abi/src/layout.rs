@@ -23,6 +23,8 @@ pub const CPU_BASE: u64 = 0xffff_8001_0000_0000;
 pub const CPU_STRIDE: u64 = 2 << 20;
 /// Offset of the temporary windows inside a CPU's 2 MiB.
 pub const CPU_WINDOWS: u64 = 1 << 20;
+/// Windows of each CPU.
+pub const WINDOW_COUNT: u64 = 3;
 /// Pages shared with the root.
 pub const SHARED_BASE: u64 = 0xffff_8002_0000_0000;
 /// Start of the sparse direct map.
@@ -57,6 +59,12 @@ pub mod cpu_block {
     pub const IST: usize = 10;
     /// Number of interrupt stacks.
     pub const IST_COUNT: usize = 3;
+    /// The root's extended state while a child runs.
+    pub const ROOT_XSAVE: usize = 13;
+    /// The root's other registers while a child runs.
+    pub const ROOT_STATE: usize = 14;
+    /// A buffer that does not fit on the stack.
+    pub const SCRATCH: usize = 15;
 }
 
 /// Virtual address of page `page` of the block of CPU `cpu`.

@@ -14,5 +14,6 @@ pub mod boot;
 pub mod hypercall;
 pub mod layout;
 pub mod log;
+pub mod partition;
 pub mod stats;
 pub mod status;

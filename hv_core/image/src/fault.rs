@@ -114,6 +114,10 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 
 fn give_back(area: &mut CpuArea) -> ! {
     let vendor = boot().vendor;
+    match vendor {
+        Vendor::Vmx => vmx::abandon_child(area),
+        Vendor::Svm => svm::abandon_child(area),
+    }
     let cpl = match vendor {
         Vendor::Vmx => vmx::root_cpl(),
         Vendor::Svm => svm::root_cpl(area),

@@ -9,11 +9,30 @@
 
 pub mod apic;
 pub mod arch;
+pub mod child_cpuid;
+pub mod child_msr;
 pub mod log;
+pub mod messages;
+pub mod register_page;
+pub mod registers;
 pub mod root;
+pub mod translate;
 pub mod vp_state;
 
+#[cfg(target_os = "none")]
+pub mod child;
+#[cfg(target_os = "none")]
+pub mod child_emulate;
 #[cfg(target_os = "none")]
 mod fault;
 #[cfg(target_os = "none")]
 mod header;
+#[cfg(target_os = "none")]
+pub mod hypercall;
+#[cfg(target_os = "none")]
+pub mod memory;
+#[cfg(target_os = "none")]
+pub mod partition;
+#[cfg(target_os = "none")]
+pub mod vp;
+pub mod xsave;

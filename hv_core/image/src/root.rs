@@ -4,7 +4,7 @@
 //! Linux keeps its interrupts, MSRs, ports and time-stamp counter; what is left are the exits that
 //! hardware forces, the few registers whose true value would betray the launch, and hypercalls.
 
-use hv_abi::hypercall::{private, result, Control};
+use hv_abi::hypercall::{code, private, result, Control};
 use hv_abi::stats::StatsPage;
 use hv_abi::status::HvStatus;
 use hv_x86::regs::{cpuid, cr4};
@@ -96,7 +96,28 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
             p.fault(how);
             HvStatus::INVALID_PARAMETER
         }
-        _ => HvStatus::INVALID_HYPERCALL_CODE,
+        code::DISPATCH_VP if control.is_fast() => {
+            let gprs = &p.context().gprs;
+            let (partition, index) = (gprs[gpr::RDX], gprs[gpr::R8] as u32);
+            match p.dispatch(partition, index) {
+                // The child runs next; its end sets the result.
+                Ok(None) => return,
+                Ok(Some(event)) => {
+                    p.context().gprs[gpr::RDX] = event as u64;
+                    HvStatus::SUCCESS
+                }
+                Err(status) => status,
+            }
+        }
+        // The state of a VP is never tied to a CPU between dispatches.
+        private::DETACH_VP => HvStatus::SUCCESS,
+        _ if control.is_fast() => HvStatus::INVALID_HYPERCALL_CODE,
+        _ => {
+            let gprs = &p.context().gprs;
+            let (input, output) = (gprs[gpr::RDX], gprs[gpr::R8]);
+            let value = p.call(control, input, output);
+            return set_result(p, value);
+        }
     };
     set_result(p, result(status, 0));
 }
@@ -322,6 +343,16 @@ mod tests {
         fn wbinvd(&mut self) {}
         fn reset(&mut self) -> ! {
             panic!("reset")
+        }
+        fn call(&mut self, _: Control, _: u64, _: u64) -> u64 {
+            result(HvStatus::INVALID_HYPERCALL_CODE, 0)
+        }
+        fn dispatch(
+            &mut self,
+            _: u64,
+            _: u32,
+        ) -> Result<Option<hv_abi::hypercall::DispatchEvent>, HvStatus> {
+            Err(HvStatus::INVALID_PARTITION_ID)
         }
         fn fault(&mut self, _: u64) {}
         fn leave(&mut self) -> ! {

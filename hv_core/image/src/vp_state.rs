@@ -4,8 +4,12 @@
 //! While a VP runs, part of this is in the VMCS or VMCB; the back ends move it there and back. All of it
 //! is plain data, so that hypercalls, CPUID and MSR emulation are pure functions of it.
 
-use hv_abi::boot::VpContext;
+use hv_abi::boot::{Vendor, VpContext};
 use hv_x86::state::{Segment, Table};
+
+use crate::apic::WriteEffect;
+use crate::child_cpuid::Features;
+use crate::child_msr::reference_scale;
 
 /// Index into [`VpState::segments`], in the order of `HV_X64_REGISTER_ES` and following.
 #[allow(missing_docs)] // The names are the registers'.
@@ -89,6 +93,64 @@ pub struct VpState {
     pub intercept_suspend: bool,
     /// HV_X64_MSR_VP_ASSIST_PAGE.
     pub vp_assist_page: u64,
+    /// HV_X64_MSR_SINT0 and following.
+    pub sint: [u64; 16],
+    /// HV_X64_MSR_SCONTROL.
+    pub scontrol: u64,
+    /// HV_X64_MSR_SIEFP.
+    pub siefp: u64,
+    /// HV_X64_MSR_SIMP.
+    pub simp: u64,
+    /// The TSC that the VMM read last. `None` again once the VP has run.
+    pub tsc_read: Option<u64>,
+    /// What its CPUID offers: taken anew whenever a result is registered.
+    pub features: Features,
+}
+
+/// HV_X64_MSR_SINT0 at reset: masked.
+pub const SINT_MASKED: u64 = 1 << 16;
+
+/// What the caller has to do after it wrote a register, an MSR or a property. Whatever it says, registers in
+/// [`VpState`] may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// Act on the local APIC's effect.
+    Apic(WriteEffect),
+    /// `tsc_offset` changed, and with it the host time of the APIC timer's deadline.
+    TscOffset,
+    /// HV_X64_MSR_HYPERCALL: the page is at this GPA now, `None` if nowhere.
+    HypercallPage(Option<u64>),
+    /// HV_X64_MSR_REFERENCE_TSC: the page is at this GPA now, `None` if nowhere.
+    ReferenceTscPage(Option<u64>),
+    /// HV_X64_MSR_VP_ASSIST_PAGE: the page is at this GPA now, `None` if nowhere.
+    VpAssistPage(Option<u64>),
+    /// Reference time jumped: write the reference TSC page anew, if there is one.
+    ReferenceTime,
+    /// IA32_PRED_CMD: write this value, which the processor takes, on this CPU.
+    PredictionCommand(u64),
+    /// IA32_FLUSH_CMD: write back and invalidate the L1 data cache of this CPU.
+    FlushL1d,
+    /// The guest reported a crash: the parameters are in [`PartitionState::crash`].
+    Crash,
+    /// The guest asked for a reset.
+    Reset,
+    /// The write is to [`PartitionState`]: do it with
+    /// [`write_partition`](crate::child_msr::write_partition) under the partition's lock.
+    Partition,
+    /// Access tracking of the partition's memory was switched on or off.
+    AccessTracking(bool),
+}
+
+/// The VMM's last write of a TSC that was not like the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TscWrite {
+    /// VP that it was for.
+    pub vp: u32,
+    /// TSC offset that came of it.
+    pub offset: u64,
 }
 
 /// State of a partition that its VPs share and that MSRs and registers reach.
@@ -117,21 +179,100 @@ pub struct PartitionState {
     pub disabled: [u64; 3],
     /// Processors per socket, 0 for the default.
     pub processors_per_socket: u64,
+    /// Number of VPs.
+    pub vps: u32,
+    /// The processor.
+    pub host: HostFacts,
+    /// Reference time in 100 ns units per TSC tick, as a fraction of 2^64.
+    pub reference_scale: u64,
+    /// Sequence number of the reference TSC page.
+    pub reference_sequence: u32,
+    /// Host TSC at which the partition's time was frozen.
+    pub frozen_at: Option<u64>,
+    /// HV_X64_MSR_TSC_INVARIANT_CONTROL.
+    pub tsc_invariant_control: u64,
+    /// Partition property GPA_PAGE_ACCESS_TRACKING.
+    pub access_tracking: bool,
+    /// See [`TscWrite`].
+    pub tsc_write: Option<TscWrite>,
+}
+
+/// Facts of the processor that CPUID does not tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostFacts {
+    /// Vendor.
+    pub vendor: Vendor,
+    /// TSC ticks per second.
+    pub tsc_hz: u64,
+    /// XCR0 of the root: a child cannot have more.
+    pub xcr0: u64,
+    /// IA32_ARCH_CAPABILITIES, 0 if there is none.
+    pub arch_capabilities: u64,
+}
+
+impl PartitionState {
+    /// A new partition: its reference time starts at `host_tsc`.
+    pub const fn new(host: HostFacts, host_tsc: u64) -> Self {
+        Self {
+            guest_os_id: 0,
+            hypercall: 0,
+            reference_tsc: 0,
+            crash: [0; 6],
+            tsc_hz: host.tsc_hz,
+            reference_base: host_tsc,
+            ignore_unknown_msrs: false,
+            synthetic_features: 0,
+            creation_flags: 0,
+            disabled: [0; 3],
+            processors_per_socket: 0,
+            vps: 0,
+            host,
+            reference_scale: reference_scale(host.tsc_hz),
+            reference_sequence: 0,
+            frozen_at: None,
+            tsc_invariant_control: 0,
+            access_tracking: false,
+            tsc_write: None,
+        }
+    }
 }
 
 impl VpState {
+    /// RIP after reset.
+    pub const RESET_RIP: u64 = 0xfff0;
+    /// CR0 after reset.
+    pub const RESET_CR0: u64 = 0x6000_0010;
+    /// CS after reset.
+    pub const RESET_CODE: Segment = Segment {
+        base: 0xffff_0000,
+        limit: 0xffff,
+        rights: 0x9b,
+        selector: 0xf000,
+    };
+
     /// The state after INIT or power-on (SDM table 11-1) of VP `index`.
     pub const fn reset(is_bsp: bool) -> Self {
         const fn data(rights: u32) -> Segment {
-            Segment { base: 0, limit: 0xffff, rights, selector: 0 }
+            Segment {
+                base: 0,
+                limit: 0xffff,
+                rights,
+                selector: 0,
+            }
         }
-        let code = Segment { base: 0xffff_0000, limit: 0xffff, rights: 0x9b, selector: 0xf000 };
-        let table = Table { base: 0, limit: 0xffff };
+        let table = Table {
+            base: 0,
+            limit: 0xffff,
+        };
         Self {
-            context: VpContext { gprs: [0; 16], control_spa: 0, control: 0 },
-            rip: 0xfff0,
+            context: VpContext {
+                gprs: [0; 16],
+                control_spa: 0,
+                control: 0,
+            },
+            rip: Self::RESET_RIP,
             rflags: 2,
-            cr0: 0x6000_0010,
+            cr0: Self::RESET_CR0,
             cr2: 0,
             cr3: 0,
             cr4: 0,
@@ -145,7 +286,7 @@ impl VpState {
             debugctl: 0,
             segments: [
                 data(0x93),
-                code,
+                Self::RESET_CODE,
                 data(0x93),
                 data(0x93),
                 data(0x93),
@@ -181,6 +322,12 @@ impl VpState {
             explicit_suspend: true,
             intercept_suspend: false,
             vp_assist_page: 0,
+            sint: [SINT_MASKED; 16],
+            scontrol: 0,
+            siefp: 0,
+            simp: 0,
+            tsc_read: None,
+            features: Features::NONE,
         }
     }
 }

@@ -15,5 +15,6 @@ pub mod paging;
 pub mod regs;
 pub mod root;
 pub mod state;
+pub mod store;
 pub mod vmcb;
 pub mod vmcs;

@@ -15,7 +15,10 @@ struct Ratio {
 
 impl Ratio {
     /// 1 / 1.
-    const ONE: Self = Self { multiplier: 1 << 63, shift: 63 };
+    const ONE: Self = Self {
+        multiplier: 1 << 63,
+        shift: 63,
+    };
 
     /// `numerator / denominator`, rounded up to 64 significant bits; `None` if either is 0.
     ///
@@ -73,7 +76,10 @@ impl TimerClock {
     pub const HYPERV_APIC_HZ: u64 = 200_000_000;
 
     /// TSC and bus at the same speed.
-    pub const SAME: Self = Self { to_bus: Ratio::ONE, to_tsc: Ratio::ONE };
+    pub const SAME: Self = Self {
+        to_bus: Ratio::ONE,
+        to_tsc: Ratio::ONE,
+    };
 
     /// `None` if a frequency is 0. Both in Hz; the bus may be the faster one.
     #[must_use]

@@ -153,3 +153,33 @@ pub unsafe fn finish_leave(area: &mut CpuArea) -> ! {
             options(noreturn));
     }
 }
+
+/// Sends an NMI to this CPU. While NMIs are blocked it stays pending: until the root is entered, which takes it.
+pub fn resend_nmi(cpu: u32) {
+    const NMI_TO_PHYSICAL: u32 = 0x4400;
+    // SAFETY: the area of the CPU that runs this.
+    let area =
+        unsafe { &*(hv_abi::layout::cpu_page(cpu as usize, cpu_block::AREA) as *const CpuArea) };
+    if area.x2apic != 0 {
+        // SAFETY: the APIC is in x2APIC mode; the command names this CPU.
+        unsafe {
+            wrmsr(
+                hv_x86::regs::msr::X2APIC_ICR,
+                u64::from(area.apic_id) << 32 | u64::from(NMI_TO_PHYSICAL),
+            );
+        }
+        return;
+    }
+    let register = |offset: u64| (hv_abi::layout::APIC_PAGE + offset) as *mut u32;
+    // SAFETY: the loader mapped the APIC page there, uncached; the destination half that Linux may have written
+    // is put back.
+    unsafe {
+        let destination = register(0x310).read_volatile();
+        register(0x310).write_volatile(area.apic_id << 24);
+        register(0x300).write_volatile(NMI_TO_PHYSICAL);
+        while register(0x300).read_volatile() & 1 << 12 != 0 {
+            core::hint::spin_loop();
+        }
+        register(0x310).write_volatile(destination);
+    }
+}

@@ -6,12 +6,25 @@
 //! give it a processor of their own.
 
 use hv_abi::boot::VpContext;
+use hv_abi::hypercall::{Control, DispatchEvent};
 use hv_abi::stats::ExitKind;
+use hv_abi::status::HvStatus;
 
 #[cfg(target_os = "none")]
-mod cpu;
+use crate::vp::VpCore;
+
+#[cfg(target_os = "none")]
+pub mod cpu;
+#[cfg(target_os = "none")]
+pub mod dispatch;
+#[cfg(target_os = "none")]
+pub mod memory;
+#[cfg(target_os = "none")]
+pub mod object;
 #[cfg(target_os = "none")]
 pub mod svm;
+#[cfg(target_os = "none")]
+pub mod switch;
 #[cfg(target_os = "none")]
 pub mod vmx;
 
@@ -147,8 +160,142 @@ pub trait Processor {
     fn wbinvd(&mut self);
     /// Resets the machine.
     fn reset(&mut self) -> !;
+    /// A hypercall about partitions; RAX.
+    fn call(&mut self, control: Control, input: u64, output: u64) -> u64;
+    /// HvCallDispatchVp: `Ok(None)` if a child runs next.
+    fn dispatch(&mut self, partition: u64, index: u32) -> Result<Option<DispatchEvent>, HvStatus>;
     /// Faults in the way `how` names (test aid).
     fn fault(&mut self, how: u64);
     /// Returns the CPU to native operation at the current instruction.
     fn leave(&mut self) -> !;
+}
+
+/// An access to a port that a child made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoAccess {
+    /// Port number.
+    pub port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub size: u8,
+    /// IN or INS.
+    pub is_in: bool,
+    /// INS or OUTS.
+    pub string: bool,
+    /// With a REP prefix.
+    pub rep: bool,
+    /// Segment register of OUTS: ES, CS, SS, DS, FS, GS.
+    pub segment: u8,
+    /// Instruction length in bytes.
+    pub length: u8,
+}
+
+/// Why a child's VP exited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChildExit {
+    /// An interrupt of the machine waits for the root.
+    ExternalInterrupt,
+    /// An NMI (or SMI, or INIT) waits for the root.
+    Nmi,
+    /// The guest can take an interrupt now.
+    Window,
+    /// The guest can take an NMI (soon).
+    NmiWindow,
+    /// CPUID.
+    Cpuid,
+    /// HLT.
+    Halt,
+    /// VMCALL or VMMCALL.
+    Hypercall,
+    /// RDMSR.
+    MsrRead,
+    /// WRMSR.
+    MsrWrite,
+    /// XSETBV.
+    Xsetbv,
+    /// IN, OUT, INS, OUTS.
+    Io(IoAccess),
+    /// MOV to CR0 or CR4 that changes bits the hypervisor owns.
+    ControlRegisterWrite {
+        /// 0 or 4.
+        register: u8,
+        /// General register.
+        source: u8,
+    },
+    /// MOV to or from CR8.
+    TaskPriority {
+        /// To CR8.
+        write: bool,
+        /// General register.
+        register: u8,
+    },
+    /// Second-level fault.
+    Fault {
+        /// Guest physical address.
+        gpa: u64,
+        /// Write access.
+        write: bool,
+        /// Instruction fetch.
+        execute: bool,
+        /// Linear address, where the processor gives it.
+        gva: Option<u64>,
+    },
+    /// An instruction that does nothing here (INVD, WBINVD, PAUSE).
+    Nop,
+    /// An instruction that does not exist for a child.
+    Undefined,
+    /// Triple fault.
+    TripleFault,
+    /// The processor refused the registers.
+    InvalidState,
+    /// Nothing known, with the vendor's code.
+    Unknown(u64),
+}
+
+/// The control structure of a child's VP.
+#[cfg(target_os = "none")]
+pub trait ChildHardware {
+    /// Registers into the structure.
+    fn load(&mut self, core: &VpCore);
+    /// Registers out of the structure.
+    fn store(&mut self, core: &mut VpCore);
+    /// Only the mode: CR0, CR4, EFER, RIP and the privilege level (SS.DPL), for exits that need no more.
+    fn peek(&mut self, core: &mut VpCore);
+    /// First thing after an exit: what the exit interrupted, and the task priority.
+    fn after_exit(&mut self, core: &mut VpCore);
+    /// Why it exited.
+    fn exit(&mut self, core: &VpCore) -> ChildExit;
+    /// Length of the exiting instruction.
+    fn instruction_length(&self) -> u64;
+    /// Moves past it.
+    fn skip(&mut self, core: &mut VpCore, length: u64);
+    /// Sets RAX.
+    fn rax(&mut self, core: &mut VpCore, value: u64);
+    /// Delivers an event in VMX form (SDM 26.8.3) at the entry.
+    fn inject(&mut self, info: u32, error: u32);
+    /// Delivers an NMI at the entry.
+    fn inject_nmi(&mut self);
+    /// Delivers an external interrupt at the entry.
+    fn inject_interrupt(&mut self, vector: u8);
+    /// An exception in the form of [`Self::inject`].
+    fn exception(vector: u8, error: Option<u32>) -> (u32, u32);
+    /// Whether an interrupt can be delivered at the entry.
+    fn interrupts_open(&self, core: &VpCore) -> bool;
+    /// RFLAGS.IF.
+    fn interrupt_flag(&self) -> bool;
+    /// Whether an NMI can be delivered at the entry.
+    fn nmis_open(&self, core: &VpCore) -> bool;
+    /// The guest's NMI handler has ended.
+    fn end_nmi(&mut self, core: &mut VpCore);
+    /// Exit as soon as an interrupt can be delivered.
+    fn request_window(&mut self);
+    /// Exit as soon as an NMI can be delivered.
+    fn request_nmi_window(&mut self);
+    /// Last thing before an entry.
+    fn before_entry(&mut self, core: &mut VpCore, flush: bool);
+    /// An NMI ended the run: makes sure that the root takes it. Nothing to do where it stays pending.
+    fn forward_nmi(&mut self, cpu: u32) {
+        let _ = cpu;
+    }
+    /// Writes CR0 or CR4 as the guest asked; false for #GP.
+    fn write_control_register(&mut self, core: &mut VpCore, register: u8, value: u64) -> bool;
 }

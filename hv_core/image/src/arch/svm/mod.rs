@@ -3,13 +3,18 @@
 
 use core::arch::{asm, global_asm};
 
-use hv_abi::boot::{CpuArea, TableRegister, VpContext};
-use hv_abi::layout::selector;
+use hv_abi::boot::{BootInfo, CpuArea, TableRegister, VpContext};
+use hv_abi::hypercall::{Control, DispatchEvent};
+use hv_abi::layout::{selector, DIRECT_BASE};
+use hv_abi::status::HvStatus;
 use hv_x86::regs::{cr0, efer, msr, rflags};
 use hv_x86::vmcb::{exit, Vmcb};
 
-use super::{cpu, gpr, Exception, Exit, Processor};
+use super::dispatch::{self, WorldSwitch};
+use super::{cpu, gpr, ChildHardware, Exception, Exit, Processor};
 use crate::header::boot;
+use crate::hypercall::Call;
+use crate::vp::VpCore;
 use crate::{log, root};
 
 global_asm!(include_str!("entry.S"), code = const selector::CODE, data = const selector::DATA);
@@ -37,8 +42,91 @@ impl<'a> Svm<'a> {
     }
 }
 
+mod child;
+
+/// The switch between root and child of AMD-V: VMSAVE and VMLOAD move what VMRUN does not.
+struct Switch;
+
+fn vmcb_at(address: u64) -> &'static mut Vmcb {
+    // SAFETY: the address of a VMCB in a page of the hypervisor that this CPU owns: its root's, or that of the
+    // VP that it runs.
+    unsafe { &mut *(address as *mut Vmcb) }
+}
+
+/// Stores FS, GS, TR, LDTR and the system-call MSRs in the VMCB at `save` and loads those of `load`.
+fn exchange(save: u64, load: u64) {
+    // SAFETY: both are VMCBs of this CPU's; EFER.SVME is set.
+    unsafe {
+        asm!("vmsave rax", in("rax") save, options(nostack));
+        asm!("vmload rax", in("rax") load, options(nostack));
+    }
+}
+
+impl WorldSwitch for Switch {
+    type Hardware = child::SvmChild<'static>;
+    const IN_REGISTERS: bool = false;
+
+    fn open(
+        _: &mut CpuArea,
+        info: &'static BootInfo,
+        core: &mut VpCore,
+        slat: u64,
+    ) -> Self::Hardware {
+        let address = DIRECT_BASE + core.control;
+        let mut hardware = child::SvmChild {
+            vmcb: vmcb_at(address),
+            info,
+        };
+        if !core.prepared {
+            hardware.prepare(slat);
+            core.prepared = true;
+            core.dirty = true;
+            core.state.context.control = address;
+            core.state.context.control_spa = core.control;
+        }
+        hardware
+    }
+
+    fn current(info: &'static BootInfo, core: &VpCore) -> Self::Hardware {
+        child::SvmChild {
+            vmcb: vmcb_at(core.state.context.control),
+            info,
+        }
+    }
+
+    fn close(_: &mut CpuArea, _: &VpCore) {}
+
+    fn to_child(area: &mut CpuArea, core: &mut VpCore) {
+        exchange(area.root.control_spa, core.control);
+    }
+
+    fn to_root(area: &mut CpuArea, core: &mut VpCore) {
+        exchange(core.control, area.root.control_spa);
+    }
+}
+
+/// Brings the registers of a VP that this CPU owns out of its VMCB.
+fn pull(_: u64, core: &mut VpCore) {
+    if core.in_hardware {
+        child::SvmChild {
+            vmcb: vmcb_at(core.state.context.control),
+            info: boot(),
+        }
+        .store(core);
+        core.in_hardware = false;
+    }
+}
+
 #[no_mangle]
 extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
+    if area.current != &raw const area.root as u64 {
+        dispatch::child_exit::<Switch>(area);
+        if area.current == &raw const area.root as u64 {
+            let rax = area.root.gprs[gpr::RAX];
+            vmcb_at(area.root.control).rax = rax;
+        }
+        return dispatch::context(area);
+    }
     let on = cpu::root_cpu(area);
     let mut processor = Svm::root(area);
     processor.area.root.gprs[gpr::RAX] = processor.vmcb.rax;
@@ -46,7 +134,12 @@ extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
     processor.requeue_interrupted_event();
     root::handle_exit(&mut processor, on);
     processor.vmcb.rax = processor.area.root.gprs[gpr::RAX];
-    &raw const area.root
+    dispatch::context(area)
+}
+
+/// Makes the root current after a fault of the image while a child was.
+pub fn abandon_child(area: &mut CpuArea) {
+    dispatch::abandon::<Switch>(area);
 }
 
 /// Gives a CPU back after a fault of the image.
@@ -211,6 +304,23 @@ impl Processor for Svm<'_> {
 
     fn fault(&mut self, how: u64) {
         cpu::fault(how);
+    }
+
+    fn call(&mut self, control: Control, input: u64, output: u64) -> u64 {
+        Call {
+            info: boot(),
+            cpu: self.area.cpu,
+            control,
+            input,
+            output,
+            pull,
+            root_control: 0,
+        }
+        .run()
+    }
+
+    fn dispatch(&mut self, partition: u64, index: u32) -> Result<Option<DispatchEvent>, HvStatus> {
+        dispatch::dispatch::<Switch>(self.area, partition, index)
     }
 
     fn leave(&mut self) -> ! {

@@ -3,7 +3,8 @@
 #
 # vmx_exit: HOST_RIP. RSP = CpuArea.stack, the word there is the address of the CpuArea; all other
 #   general registers are the guest's. Calls vmx_handle_exit(rdi = CpuArea), which returns rax = the
-#   VpContext to resume and edx = 0 for VMRESUME, 1 for VMLAUNCH. Resumes with all registers loaded.
+#   VpContext to resume and edx = 0 for VMRESUME, 1 for VMLAUNCH. Resumes with all registers loaded. An entry that
+#   fails without an exit goes to vmx_entry_failed(rdi = CpuArea), which answers likewise.
 # vmx_nmi: runs on its own interrupt stack inside the CPU's 2 MiB, so RSP finds the CpuArea. It sends the
 #   NMI to this CPU again and returns without IRET: NMIs stay blocked until the VM entry unblocks them, and
 #   the root takes the new one natively, as soon as it runs. So no window exists in which an NMI is lost.
@@ -28,7 +29,7 @@
 	\instruction
 	mov rdi, [rsp]
 	call vmx_entry_failed
-	ud2
+	jmp 4b
 .endm
 
 .globl vmx_exit
@@ -56,7 +57,7 @@ vmx_exit:
 	mov [rax], rcx
 	mov rdi, [rsp]
 	call vmx_handle_exit
-	test edx, edx
+4:	test edx, edx
 	jnz 2f
 	load_context_and vmresume
 2:	load_context_and vmlaunch

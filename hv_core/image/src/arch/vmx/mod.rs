@@ -3,14 +3,19 @@
 
 use core::arch::{asm, global_asm};
 
-use hv_abi::boot::{CpuArea, TableRegister, VpContext};
+use hv_abi::boot::{BootInfo, CpuArea, TableRegister, VpContext};
+use hv_abi::hypercall::{Control, DispatchEvent};
 use hv_abi::layout::APIC_PAGE;
+use hv_abi::status::HvStatus;
 use hv_x86::regs::{cr0, cr4, efer, msr, rflags};
 use hv_x86::state::Segment;
 use hv_x86::vmcs::{entry_control, field, reason, ENTRY_FAILED};
 
-use super::{cpu, Exception, Exit, Processor};
+use super::dispatch::{self, WorldSwitch};
+use super::{cpu, ChildHardware, Exception, Exit, Processor};
 use crate::header::boot;
+use crate::hypercall::Call;
+use crate::vp::VpCore;
 use crate::{log, root};
 
 global_asm!(include_str!("entry.S"), apic_page = const APIC_PAGE);
@@ -60,8 +65,67 @@ struct Resume {
     launch: u64,
 }
 
+mod child;
+
+/// The switch between root and child of VT-x.
+struct Switch;
+
+impl WorldSwitch for Switch {
+    type Hardware = child::VmxChild;
+    const IN_REGISTERS: bool = true;
+
+    fn open(
+        area: &mut CpuArea,
+        info: &'static BootInfo,
+        core: &mut VpCore,
+        slat: u64,
+    ) -> Self::Hardware {
+        child::VmxChild::open(area, info, core, slat)
+    }
+
+    fn current(info: &'static BootInfo, _: &VpCore) -> Self::Hardware {
+        child::VmxChild { info }
+    }
+
+    fn close(area: &mut CpuArea, core: &VpCore) {
+        child::clear_vmcs(core.control);
+        child::load_vmcs(area.root.control_spa);
+    }
+
+    fn to_child(_: &mut CpuArea, core: &mut VpCore) {
+        let mut root = core.root_msrs;
+        child::msrs_to_child(&mut root, core);
+        core.root_msrs = root;
+    }
+
+    fn to_root(area: &mut CpuArea, core: &mut VpCore) {
+        let root = core.root_msrs;
+        child::msrs_to_root(&root, core);
+        Self::close(area, core);
+    }
+}
+
+/// Brings the registers of a VP that this CPU owns out of its VMCS. The root's is current before and after.
+fn pull(area_root: u64, core: &mut VpCore) {
+    if core.in_hardware {
+        child::load_vmcs(core.control);
+        child::VmxChild { info: boot() }.store(core);
+        child::clear_vmcs(core.control);
+        child::load_vmcs(area_root);
+        core.in_hardware = false;
+    }
+}
+
 #[no_mangle]
 extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
+    let root = &raw const area.root as u64;
+    if area.current != root {
+        dispatch::child_exit::<Switch>(area);
+        return Resume {
+            context: dispatch::context(area),
+            launch: 0,
+        };
+    }
     let on = cpu::root_cpu(area);
     let mut processor = Vmx { area };
     processor.requeue_interrupted_event();
@@ -72,16 +136,30 @@ extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
     }
 }
 
-/// VMRESUME or VMLAUNCH failed without an exit (SDM 31.2): a bug. The CPU goes back to native
-/// operation if it can.
+/// VMRESUME or VMLAUNCH failed without an exit (SDM 31.2). A child that cannot be entered is an invalid VP; for
+/// the root it is a bug, and the CPU goes back to native operation if it can.
 #[no_mangle]
-extern "C" fn vmx_entry_failed(area: &mut CpuArea) -> ! {
+extern "C" fn vmx_entry_failed(area: &mut CpuArea) -> Resume {
     log!(
-        "cpu {}: VM entry failed, instruction error {}",
+        "cpu {}: VM entry failed, instruction error {}, last exit {:#x}, child {}",
         area.cpu,
-        read(field::INSTRUCTION_ERROR)
+        read(field::INSTRUCTION_ERROR),
+        read(field::EXIT_REASON),
+        area.current != &raw const area.root as u64
     );
-    Vmx { area }.leave()
+    if area.current == &raw const area.root as u64 {
+        Vmx { area }.leave();
+    }
+    dispatch::entry_failed::<Switch>(area);
+    Resume {
+        context: dispatch::context(area),
+        launch: 0,
+    }
+}
+
+/// Makes the root current after a fault of the image while a child was.
+pub fn abandon_child(area: &mut CpuArea) {
+    dispatch::abandon::<Switch>(area);
 }
 
 /// Gives a CPU back after a fault of the image.
@@ -373,6 +451,24 @@ impl Processor for Vmx<'_> {
 
     fn fault(&mut self, how: u64) {
         cpu::fault(how);
+    }
+
+    fn call(&mut self, control: Control, input: u64, output: u64) -> u64 {
+        let root_control = self.area.root.control_spa;
+        Call {
+            info: boot(),
+            cpu: self.area.cpu,
+            control,
+            input,
+            output,
+            pull,
+            root_control,
+        }
+        .run()
+    }
+
+    fn dispatch(&mut self, partition: u64, index: u32) -> Result<Option<DispatchEvent>, HvStatus> {
+        dispatch::dispatch::<Switch>(self.area, partition, index)
     }
 
     fn leave(&mut self) -> ! {

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The switch between the root and a child, the same on both vendors but for the control structure.
+
+use hv_abi::boot::{BootInfo, CpuArea, VpContext};
+use hv_abi::hypercall::{result, DispatchEvent};
+use hv_abi::status::HvStatus;
+
+use super::object::{running, Ownership};
+use super::{gpr, switch, ChildHardware};
+use crate::child::{Next, Run};
+use crate::header::boot;
+use crate::partition;
+use crate::vp::{Vp, VpCore};
+
+/// What a back end adds.
+pub trait WorldSwitch {
+    /// Its control structure.
+    type Hardware: ChildHardware;
+    /// CR2 and DR6 of a child stay in the registers at an exit (VT-x).
+    const IN_REGISTERS: bool;
+
+    /// The structure of a VP, made usable on this CPU; `slat` is the partition's second-level table.
+    fn open(
+        area: &mut CpuArea,
+        info: &'static BootInfo,
+        core: &mut VpCore,
+        slat: u64,
+    ) -> Self::Hardware;
+    /// The structure of the VP that just exited.
+    fn current(info: &'static BootInfo, core: &VpCore) -> Self::Hardware;
+    /// Leaves the structure without entering.
+    fn close(area: &mut CpuArea, core: &VpCore);
+    /// Hands the processor to the child.
+    fn to_child(area: &mut CpuArea, core: &mut VpCore);
+    /// Takes it back for the root.
+    fn to_root(area: &mut CpuArea, core: &mut VpCore);
+}
+
+/// HvCallDispatchVp: `Ok(None)` if the child runs next, `Ok(Some(_))` if it cannot.
+pub fn dispatch<W: WorldSwitch>(
+    area: &mut CpuArea,
+    partition_id: u64,
+    index: u32,
+) -> Result<Option<DispatchEvent>, HvStatus> {
+    let info = boot();
+    let target = partition::find(partition_id)?;
+    let vp = target.vp(index)?;
+    let slat = target.slat.load(core::sync::atomic::Ordering::Acquire);
+    if slat == 0 {
+        return Err(HvStatus::INVALID_PARTITION_STATE);
+    }
+    let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
+    let hardware = W::open(area, info, &mut core, slat);
+    core.state.explicit_suspend = false;
+    core.state.intercept_suspend = false;
+    core.state.tsc_read = None;
+    let address = &raw const core.state.context as u64;
+    let first = area.last_child != address;
+    let mut run = Run {
+        info,
+        cpu: area.cpu,
+        vp,
+        core: &mut core,
+        hardware,
+        first,
+    };
+    run.absorb_register_page();
+    match run.enter() {
+        Next::Root(event) => {
+            finish(&mut run, event);
+            drop(run);
+            W::close(area, &core);
+            Ok(Some(event))
+        }
+        Next::Enter => {
+            drop(run);
+            switch::to_child(area, &core);
+            W::to_child(area, &mut core);
+            area.current = address;
+            area.last_child = address;
+            core.keep();
+            target.keep();
+            Ok(None)
+        }
+    }
+}
+
+/// What the root sees after a dispatch.
+fn finish<H: ChildHardware>(run: &mut Run<'_, H>, event: DispatchEvent) {
+    run.tell_deadline();
+    if event == DispatchEvent::Intercept {
+        run.core.state.intercept_suspend = true;
+        run.fill_register_page();
+    }
+}
+
+/// An exit of the child that runs on this CPU. The context to resume is `area.current` afterwards.
+pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) {
+    let info = boot();
+    let vp = running(area.current);
+    // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
+    let mut core = unsafe { vp.core.resume() };
+    let hardware = W::current(info, &core);
+    let mut run = Run {
+        info,
+        cpu: area.cpu,
+        vp,
+        core: &mut core,
+        hardware,
+        first: false,
+    };
+    match run.after_exit() {
+        Next::Enter => {
+            drop(run);
+            core.keep();
+        }
+        Next::Root(event) => {
+            finish(&mut run, event);
+            drop(run);
+            back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, event as u64);
+        }
+    }
+}
+
+fn back_to_root<W: WorldSwitch>(
+    area: &mut CpuArea,
+    vp: &Vp,
+    mut core: Ownership<'_, VpCore>,
+    status: HvStatus,
+    value: u64,
+) {
+    W::to_root(area, &mut core);
+    switch::to_root(area, &mut core, W::IN_REGISTERS);
+    drop(core);
+    partition::end_use(vp.partition);
+    area.current = &raw const area.root as u64;
+    area.root.gprs[gpr::RAX] = result(status, 0);
+    area.root.gprs[gpr::RDX] = value;
+}
+
+/// The processor refused to enter the child: the root hears that its state is invalid.
+pub fn entry_failed<W: WorldSwitch>(area: &mut CpuArea) {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let core = unsafe { vp.core.resume() };
+    back_to_root::<W>(area, vp, core, HvStatus::INVALID_VP_STATE, 0);
+}
+
+/// The image faulted while a child was current: the root's registers come back, its dispatch fails.
+pub fn abandon<W: WorldSwitch>(area: &mut CpuArea) {
+    if area.current != &raw const area.root as u64 {
+        let vp = running(area.current);
+        // SAFETY: as in `child_exit`; the code that owned the VP never continues.
+        let core = unsafe { vp.core.resume() };
+        back_to_root::<W>(area, vp, core, HvStatus::HYPERVISOR_FAULT, 0);
+    }
+}
+
+/// The context to resume.
+pub fn context(area: &CpuArea) -> *const VpContext {
+    area.current as *const VpContext
+}

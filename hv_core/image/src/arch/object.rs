@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Partitions and virtual processors as objects in pages of the hypervisor.
+//!
+//! A [`Handle`] is the address of such an object. Objects live until their partition is deleted, which waits
+//! until nobody uses the partition: [`Partition::users`](crate::partition::Partition::users).
+
+use core::cell::UnsafeCell;
+use core::marker::PhantomData;
+use core::ops::{Deref, DerefMut};
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use super::memory::direct;
+use crate::child_cpuid::Overrides;
+use crate::vp::{Vp, VpCore};
+
+/// Address of an object in a page of its own.
+pub struct Handle<T> {
+    spa: u64,
+    kind: PhantomData<*const T>,
+}
+
+impl<T> Clone for Handle<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Handle<T> {}
+
+// SAFETY: a handle is an address; what it gives out is `Sync`.
+unsafe impl<T: Sync> Send for Handle<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Handle<T> {}
+
+impl<T: Sync> Handle<T> {
+    /// Puts `value` into the page at `spa`, which the caller took from a pool.
+    pub fn place(spa: u64, value: T) -> Self {
+        const { assert!(size_of::<T>() <= 4096 && align_of::<T>() <= 4096) };
+        // SAFETY: the page is the caller's and in the direct map.
+        unsafe { direct(spa).cast::<T>().write(value) };
+        Self {
+            spa,
+            kind: PhantomData,
+        }
+    }
+
+    /// The object at `spa`, where one was placed.
+    pub fn at(spa: u64) -> Self {
+        Self {
+            spa,
+            kind: PhantomData,
+        }
+    }
+
+    /// SPA of the object.
+    pub fn spa(self) -> u64 {
+        self.spa
+    }
+
+    /// The object.
+    pub fn get(self) -> &'static T {
+        // SAFETY: handles exist only for objects that were placed, and go away before their page does (see the
+        // module's text).
+        unsafe { &*direct(self.spa).cast::<T>() }
+    }
+}
+
+/// A cell that one CPU at a time owns, also across a world switch.
+pub struct Owned<T> {
+    value: UnsafeCell<T>,
+    taken: AtomicBool,
+}
+
+// SAFETY: `taken` admits one CPU at a time.
+unsafe impl<T: Send> Sync for Owned<T> {}
+
+impl<T> Owned<T> {
+    /// A free cell. The value is at offset 0.
+    pub const fn new(value: T) -> Self {
+        Self {
+            value: UnsafeCell::new(value),
+            taken: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes the cell, unless somebody has it.
+    pub fn acquire(&self) -> Option<Ownership<'_, T>> {
+        self.taken
+            .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
+            .then_some(Ownership { cell: self })
+    }
+
+    /// Takes up an ownership that [`Ownership::keep`] left standing.
+    ///
+    /// # Safety
+    /// The caller's CPU is the one that kept it, and it does so once.
+    pub unsafe fn resume(&self) -> Ownership<'_, T> {
+        Ownership { cell: self }
+    }
+}
+
+/// Owns the value of an [`Owned`].
+pub struct Ownership<'a, T> {
+    cell: &'a Owned<T>,
+}
+
+impl<T> Ownership<'_, T> {
+    /// Keeps the cell taken beyond this value's life: the CPU goes into the guest with it.
+    pub fn keep(self) {
+        core::mem::forget(self);
+    }
+}
+
+impl<T> Deref for Ownership<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: this value is the only way to the cell.
+        unsafe { &*self.cell.value.get() }
+    }
+}
+
+impl<T> DerefMut for Ownership<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: this value is the only way to the cell.
+        unsafe { &mut *self.cell.value.get() }
+    }
+}
+
+impl<T> Drop for Ownership<'_, T> {
+    fn drop(&mut self) {
+        self.cell.taken.store(false, Ordering::Release);
+    }
+}
+
+/// The VP whose registers the exit code stored at `context`.
+pub fn running(context: u64) -> &'static Vp {
+    const { assert!(core::mem::offset_of!(Vp, core) == 0) };
+    const { assert!(core::mem::offset_of!(VpCore, state) == 0) };
+    // SAFETY: `CpuArea::current` is the root's context or that of a VP, whose context is at its start.
+    unsafe { &*(context as *const Vp) }
+}
+
+/// A page that the VMM or the root's kernel shares, as bytes to read or write in one go.
+pub fn shared_read<T: Copy>(spa: u64) -> T {
+    // SAFETY: state pages are in the direct map while they are mapped; any bytes are a valid `T` (plain
+    // integers at every use). The other side may write at the same time: volatile, copied once.
+    unsafe { direct(spa).cast::<T>().read_volatile() }
+}
+
+/// Writes to such a page.
+pub fn shared_write<T: Copy>(spa: u64, value: T) {
+    // SAFETY: as for `shared_read`.
+    unsafe { direct(spa).cast::<T>().write_volatile(value) }
+}
+
+/// The page as atomics.
+pub fn shared<T: Sync>(spa: u64) -> &'static T {
+    // SAFETY: as for `shared_read`; `T` consists of atomics.
+    unsafe { &*direct(spa).cast::<T>() }
+}
+
+/// A whole page as bytes, owned by the caller.
+pub fn page_bytes(spa: u64) -> &'static mut [u8; 4096] {
+    // SAFETY: the callers own the page (the XSAVE area of a VP that they own).
+    unsafe { &mut *direct(spa).cast::<[u8; 4096]>() }
+}
+
+/// The scratch page of CPU `cpu`: contents last until the next user on it.
+pub fn scratch(cpu: u32) -> &'static mut [u8; 4096] {
+    let address = hv_abi::layout::cpu_page(cpu as usize, hv_abi::layout::cpu_block::SCRATCH);
+    // SAFETY: mapped by the loader; only the CPU itself uses it, and the image is not preempted.
+    unsafe { &mut *(address as *mut [u8; 4096]) }
+}
+
+/// The registered CPUID results of a VP.
+pub fn overrides(spa: u64) -> &'static Overrides {
+    const { assert!(size_of::<Overrides>() <= 4096) };
+    // SAFETY: the page was taken for it, all-zero is the empty table, and the caller owns the VP.
+    unsafe { &*direct(spa).cast::<Overrides>() }
+}
+
+/// The same, to change.
+pub fn overrides_mut(spa: u64) -> &'static mut Overrides {
+    // SAFETY: as for `overrides`; the owner of the VP is the only one to look at it.
+    unsafe { &mut *direct(spa).cast::<Overrides>() }
+}

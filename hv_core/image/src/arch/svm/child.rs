@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A child's VMCB: set-up, registers in and out, exits and event injection (APM 15.5-15.21).
+
+use hv_abi::boot::BootInfo;
+use hv_x86::regs::{efer, rflags};
+use hv_x86::state::{Segment, UNUSABLE};
+use hv_x86::vmcb::{exit, intercept, Vmcb, VmcbSegment};
+
+use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::vp::VpCore;
+use crate::vp_state::{segment, RSP};
+
+/// ASID of children; a CPU flushes it when another VP takes it over.
+const CHILD_ASID: u32 = 2;
+/// TLB control: flush everything (the only kind that all processors have).
+const FLUSH_ALL: u32 = 1;
+/// Interrupt control: virtual TPR in bits 3:0, V_IRQ, priority, ignore TPR, V_INTR_MASKING.
+const V_IRQ: u64 = 1 << 8;
+const V_INTR_PRIORITY: u64 = 0xf << 16;
+const V_IGNORE_TPR: u64 = 1 << 20;
+const V_INTR_MASKING: u64 = 1 << 24;
+const V_TPR: u64 = 0xf;
+/// Event types (APM 15.20).
+const TYPE_INTERRUPT: u64 = 0;
+const TYPE_NMI: u64 = 2;
+const TYPE_EXCEPTION: u64 = 3;
+const VALID: u64 = 1 << 31;
+const WITH_ERROR: u64 = 1 << 11;
+
+/// The VMCB of a child.
+pub struct SvmChild<'a> {
+    /// The block itself.
+    pub vmcb: &'a mut Vmcb,
+    /// Facts of the machine.
+    pub info: &'a BootInfo,
+}
+
+fn to_vmcb(s: Segment) -> VmcbSegment {
+    s.into()
+}
+
+fn from_vmcb(s: VmcbSegment) -> Segment {
+    let attributes = u32::from(s.attributes);
+    let mut rights = (attributes & 0xff) | (attributes & 0xf00) << 4;
+    if attributes & 0x80 == 0 {
+        rights |= UNUSABLE;
+    }
+    Segment {
+        base: s.base,
+        limit: s.limit,
+        rights,
+        selector: s.selector,
+    }
+}
+
+impl SvmChild<'_> {
+    /// Sets up a new block: everything exits that the root or the hypervisor must see.
+    pub fn prepare(&mut self, slat: u64) {
+        let v = &mut *self.vmcb;
+        v.intercepts[3] = intercept::W3_INTR
+            | intercept::W3_NMI
+            | intercept::W3_SMI
+            | intercept::W3_INIT
+            | intercept::W3_CPUID
+            | intercept::W3_INVD
+            | intercept::W3_HLT
+            | intercept::W3_INVLPGA
+            | intercept::W3_IOIO
+            | intercept::W3_MSR
+            | intercept::W3_SHUTDOWN;
+        // MONITOR and MWAIT (bits 10-12) raise #UD: CPUID hides them.
+        v.intercepts[4] = intercept::W4_SVM | intercept::W4_XSETBV | 1 << 9 | 7 << 10;
+        v.iopm_base = self.info.child_iopm;
+        v.msrpm_base = self.info.child_msr_map;
+        v.asid = CHILD_ASID;
+        v.interrupt_control = V_INTR_MASKING;
+        v.nested_control = 1;
+        v.nested_cr3 = slat;
+    }
+}
+
+impl ChildHardware for SvmChild<'_> {
+    fn load(&mut self, core: &VpCore) {
+        let s = &core.state;
+        let v = &mut *self.vmcb;
+        v.rax = s.context.gprs[0];
+        v.rsp = s.context.gprs[RSP];
+        v.rip = s.rip;
+        v.rflags = s.rflags | 2;
+        v.cr0 = s.cr0;
+        v.cr2 = s.cr2;
+        v.cr3 = s.cr3;
+        v.cr4 = s.cr4;
+        v.efer = s.efer | efer::SVME;
+        v.pat = s.pat;
+        v.dr6 = s.dr6;
+        v.dr7 = s.dr7;
+        v.debugctl = s.debugctl;
+        let to = [
+            &mut v.es,
+            &mut v.cs,
+            &mut v.ss,
+            &mut v.ds,
+            &mut v.fs,
+            &mut v.gs,
+            &mut v.ldtr,
+            &mut v.tr,
+        ];
+        for (slot, from) in to.into_iter().zip(s.segments) {
+            *slot = to_vmcb(from);
+        }
+        // The privilege level has a field of its own (APM 15.5.1).
+        let [_, _, ss, ..] = s.segments;
+        v.cpl = if s.cr0 & 1 == 0 {
+            0
+        } else if s.rflags & 1 << 17 != 0 {
+            3
+        } else {
+            (ss.rights >> 5 & 3) as u8
+        };
+        v.gdtr.base = s.gdtr.base;
+        v.gdtr.limit = s.gdtr.limit.into();
+        v.idtr.base = s.idtr.base;
+        v.idtr.limit = s.idtr.limit.into();
+        v.sysenter_cs = s.sysenter_cs;
+        v.sysenter_esp = s.sysenter_esp;
+        v.sysenter_eip = s.sysenter_eip;
+        v.star = s.star;
+        v.lstar = s.lstar;
+        v.cstar = s.cstar;
+        v.sfmask = s.sfmask;
+        v.kernel_gs_base = s.kernel_gs_base;
+        v.tsc_offset = s.tsc_offset;
+        v.interrupt_shadow = s.interrupt_shadow.into();
+        v.clean = 0;
+    }
+
+    fn store(&mut self, core: &mut VpCore) {
+        let v = &*self.vmcb;
+        let s = &mut core.state;
+        s.context.gprs[0] = v.rax;
+        s.context.gprs[RSP] = v.rsp;
+        s.rip = v.rip;
+        s.rflags = v.rflags;
+        s.cr0 = v.cr0;
+        s.cr2 = v.cr2;
+        s.cr3 = v.cr3;
+        s.cr4 = v.cr4;
+        s.efer = v.efer & !efer::SVME;
+        s.pat = v.pat;
+        s.dr6 = v.dr6;
+        s.dr7 = v.dr7;
+        s.debugctl = v.debugctl;
+        let from = [v.es, v.cs, v.ss, v.ds, v.fs, v.gs, v.ldtr, v.tr];
+        for (slot, value) in s.segments.iter_mut().zip(from) {
+            *slot = from_vmcb(value);
+        }
+        // SS.DPL does not always follow the privilege level in the block.
+        let ss = &mut s.segments[segment::SS];
+        ss.rights = ss.rights & !0x60 | u32::from(v.cpl & 3) << 5;
+        s.gdtr.base = v.gdtr.base;
+        s.gdtr.limit = v.gdtr.limit as u16;
+        s.idtr.base = v.idtr.base;
+        s.idtr.limit = v.idtr.limit as u16;
+        s.sysenter_cs = v.sysenter_cs;
+        s.sysenter_esp = v.sysenter_esp;
+        s.sysenter_eip = v.sysenter_eip;
+        s.star = v.star;
+        s.lstar = v.lstar;
+        s.cstar = v.cstar;
+        s.sfmask = v.sfmask;
+        s.kernel_gs_base = v.kernel_gs_base;
+        s.interrupt_shadow = v.interrupt_shadow & 1 != 0;
+    }
+
+    fn peek(&mut self, core: &mut VpCore) {
+        let v = &*self.vmcb;
+        let s = &mut core.state;
+        s.cr0 = v.cr0;
+        s.cr4 = v.cr4;
+        s.efer = v.efer & !efer::SVME;
+        s.rip = v.rip;
+        s.segments[segment::SS].rights = u32::from(v.cpl & 3) << 5 | 0x93;
+    }
+
+    fn after_exit(&mut self, core: &mut VpCore) {
+        let v = &mut *self.vmcb;
+        core.state.context.gprs[0] = v.rax;
+        v.tlb_control = 0;
+        if v.interrupt_control & V_IRQ != 0 {
+            v.interrupt_control &= !(V_IRQ | V_INTR_PRIORITY | V_IGNORE_TPR);
+            v.intercepts[3] &= !intercept::W3_VINTR;
+        }
+        core.apic
+            .set_tpr(((v.interrupt_control & V_TPR) << 4) as u8 | core.apic.tpr() & 0xf);
+        // What an exit interrupted is delivered again, in VMX form: the types agree but for software
+        // interrupts, which AMD-V delivers again by itself.
+        let info = v.exit_interrupt_info;
+        core.requeue = if info >> 31 & 1 != 0 {
+            ((info & 0xffff_ffff) as u32, (info >> 32) as u32)
+        } else {
+            (0, 0)
+        };
+        v.event_injection = 0;
+    }
+
+    fn exit(&mut self, core: &VpCore) -> ChildExit {
+        let v = &*self.vmcb;
+        match v.exit_code {
+            exit::INTR => ChildExit::ExternalInterrupt,
+            exit::NMI | exit::SMI | exit::INIT => ChildExit::Nmi,
+            exit::VINTR => ChildExit::Window,
+            // IRET: the guest's NMI handler ends.
+            0x74 => ChildExit::NmiWindow,
+            exit::CPUID => ChildExit::Cpuid,
+            exit::HLT => ChildExit::Halt,
+            exit::VMMCALL => ChildExit::Hypercall,
+            exit::MSR if v.exit_info_1 & 1 == 0 => ChildExit::MsrRead,
+            exit::MSR => ChildExit::MsrWrite,
+            exit::XSETBV => ChildExit::Xsetbv,
+            exit::IOIO => {
+                let i = v.exit_info_1;
+                let segment = (i >> 10 & 7) as u8;
+                ChildExit::Io(IoAccess {
+                    port: (i >> 16) as u16,
+                    size: (i >> 4 & 7) as u8,
+                    is_in: i & 1 != 0,
+                    string: i & 4 != 0,
+                    rep: i & 8 != 0,
+                    segment,
+                    length: v.exit_info_2.wrapping_sub(v.rip) as u8,
+                })
+            }
+            exit::NPF => ChildExit::Fault {
+                gpa: v.exit_info_2,
+                write: v.exit_info_1 & 2 != 0,
+                execute: v.exit_info_1 & 16 != 0,
+                gva: None,
+            },
+            exit::INVD | 0x89 => ChildExit::Nop,
+            exit::SHUTDOWN => ChildExit::TripleFault,
+            exit::INVLPGA | exit::VMRUN | 0x82..=exit::SKINIT | 0x8a..=0x8c => ChildExit::Undefined,
+            exit::INVALID => ChildExit::InvalidState,
+            _ => {
+                let _ = core;
+                ChildExit::Unknown(v.exit_code)
+            }
+        }
+    }
+
+    fn instruction_length(&self) -> u64 {
+        let v = &*self.vmcb;
+        if self.info.svm_next_rip != 0 && v.next_rip != 0 {
+            return v.next_rip.wrapping_sub(v.rip);
+        }
+        match v.exit_code {
+            exit::HLT => 1,
+            exit::VMMCALL | exit::XSETBV => 3,
+            exit::IOIO => v.exit_info_2.wrapping_sub(v.rip),
+            _ => 2,
+        }
+    }
+
+    fn skip(&mut self, core: &mut VpCore, length: u64) {
+        let v = &mut *self.vmcb;
+        v.rip = v.rip.wrapping_add(length);
+        v.interrupt_shadow = 0;
+        if v.rflags & rflags::TF != 0 {
+            v.dr6 |= 1 << 14;
+            core.requeue = ((VALID | TYPE_EXCEPTION << 8 | 1) as u32, 0);
+        }
+    }
+
+    fn rax(&mut self, core: &mut VpCore, value: u64) {
+        self.vmcb.rax = value;
+        core.state.context.gprs[0] = value;
+    }
+
+    fn inject(&mut self, info: u32, error: u32) {
+        self.vmcb.event_injection = u64::from(info & !(1 << 12)) | u64::from(error) << 32;
+    }
+
+    fn inject_nmi(&mut self) {
+        self.vmcb.event_injection = VALID | TYPE_NMI << 8 | 2;
+        // IRET ends the blocking.
+        self.vmcb.intercepts[3] |= intercept::W3_IRET;
+    }
+
+    fn inject_interrupt(&mut self, vector: u8) {
+        self.vmcb.event_injection = VALID | TYPE_INTERRUPT << 8 | u64::from(vector);
+    }
+
+    fn exception(vector: u8, error: Option<u32>) -> (u32, u32) {
+        let with = if error.is_some() { WITH_ERROR } else { 0 };
+        (
+            (VALID | TYPE_EXCEPTION << 8 | with | u64::from(vector)) as u32,
+            error.unwrap_or(0),
+        )
+    }
+
+    fn interrupts_open(&self, _: &VpCore) -> bool {
+        self.vmcb.rflags & rflags::IF != 0 && self.vmcb.interrupt_shadow & 1 == 0
+    }
+
+    fn interrupt_flag(&self) -> bool {
+        self.vmcb.rflags & rflags::IF != 0
+    }
+
+    fn nmis_open(&self, core: &VpCore) -> bool {
+        !core.state.nmi_masked && self.vmcb.interrupt_shadow & 1 == 0
+    }
+
+    fn end_nmi(&mut self, core: &mut VpCore) {
+        core.state.nmi_masked = false;
+        self.vmcb.intercepts[3] &= !intercept::W3_IRET;
+    }
+
+    fn request_window(&mut self) {
+        self.vmcb.interrupt_control |= V_IRQ | V_INTR_PRIORITY | V_IGNORE_TPR;
+        self.vmcb.intercepts[3] |= intercept::W3_VINTR;
+    }
+
+    fn request_nmi_window(&mut self) {
+        // The IRET intercept stands since the NMI was injected; a shadow ends with the interrupt window.
+        self.request_window();
+    }
+
+    fn before_entry(&mut self, core: &mut VpCore, flush: bool) {
+        let v = &mut *self.vmcb;
+        v.interrupt_control = v.interrupt_control & !V_TPR | u64::from(core.apic.tpr() >> 4);
+        if flush {
+            v.tlb_control = FLUSH_ALL;
+        }
+    }
+
+    fn write_control_register(&mut self, _: &mut VpCore, _: u8, _: u64) -> bool {
+        true
+    }
+}

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What both back ends switch between root and child besides the control structure: extended state, debug
+//! registers, TSC_AUX.
+
+use core::arch::asm;
+
+use hv_abi::boot::CpuArea;
+use hv_abi::layout::{cpu_block, cpu_page};
+
+use super::cpu::{rdmsr, wrmsr};
+use super::memory::direct;
+use crate::vp::VpCore;
+
+/// State components that a child may have: x87, SSE, AVX, AVX-512, PKRU. What it cannot touch stays the root's
+/// without being moved (AMX tiles, CET, supervisor states).
+pub const CHILD_XCR0: u64 = 0x2e7;
+const TSC_AUX: u32 = 0xc000_0103;
+
+fn xgetbv() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the image keeps Linux' CR4.OSXSAVE.
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack))
+    };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Saves the components in `mask` to the page at `area`.
+///
+/// # Safety
+/// `area` is a page of the hypervisor, and XCR0 has all components of `mask`.
+unsafe fn xsave(area: *mut u8, mask: u64) {
+    // SAFETY: by the caller's promise; 4 KiB hold the components of `CHILD_XCR0` (SDM 13.5).
+    unsafe {
+        asm!("xsave64 [{}]", in(reg) area, in("eax") mask as u32, in("edx") (mask >> 32) as u32,
+            options(nostack));
+    }
+}
+
+/// Loads them.
+///
+/// # Safety
+/// As for [`xsave`], and the area holds a valid image.
+unsafe fn xrstor(area: *mut u8, mask: u64) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        asm!("xrstor64 [{}]", in(reg) area, in("eax") mask as u32, in("edx") (mask >> 32) as u32,
+            options(nostack));
+    }
+}
+
+macro_rules! debug_register {
+    ($read:ident, $write:ident, $name:literal) => {
+        fn $read() -> u64 {
+            let value;
+            // SAFETY: the image runs at CPL 0 with DR7 without general detect.
+            unsafe { asm!(concat!("mov {}, ", $name), out(reg) value, options(nomem, nostack)) };
+            value
+        }
+        fn $write(value: u64) {
+            // SAFETY: DR7 is 0x400 in the image, so no breakpoint is armed here.
+            unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value, options(nomem, nostack)) };
+        }
+    };
+}
+
+debug_register!(dr0, set_dr0, "dr0");
+debug_register!(dr1, set_dr1, "dr1");
+debug_register!(dr2, set_dr2, "dr2");
+debug_register!(dr3, set_dr3, "dr3");
+debug_register!(dr6, set_dr6, "dr6");
+
+/// The root's part of the switched state, in a page of the CPU's block.
+#[repr(C)]
+struct RootState {
+    xcr0: u64,
+    tsc_aux: u64,
+    dr: [u64; 4],
+    dr6: u64,
+    cr2: u64,
+}
+
+fn root_state(area: &CpuArea) -> *mut RootState {
+    cpu_page(area.cpu as usize, cpu_block::ROOT_STATE) as *mut RootState
+}
+
+fn root_xsave(area: &CpuArea) -> *mut u8 {
+    cpu_page(area.cpu as usize, cpu_block::ROOT_XSAVE) as *mut u8
+}
+
+fn set_xcr0(from: u64, to: u64) {
+    if from != to {
+        super::cpu::xsetbv(to);
+    }
+}
+
+fn set_tsc_aux(from: u64, to: u64) {
+    if from != to {
+        // SAFETY: RDTSCP exists where Linux uses the MSR; a child's value was checked to have 32 bits.
+        unsafe { wrmsr(TSC_AUX, to) };
+    }
+}
+
+/// From the root to a child.
+pub fn to_child(area: &CpuArea, core: &VpCore) {
+    // SAFETY: the page belongs to this CPU; the image runs on it.
+    let root = unsafe { &mut *root_state(area) };
+    root.xcr0 = xgetbv();
+    root.tsc_aux = rdmsr(TSC_AUX);
+    root.dr = [dr0(), dr1(), dr2(), dr3()];
+    root.dr6 = dr6();
+    let cr2: u64;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
+    root.cr2 = cr2;
+    let mask = root.xcr0 & CHILD_XCR0;
+    // SAFETY: both areas are pages of the hypervisor; the child's is always a valid standard image: made by
+    // XSAVE or checked when the VMM set it. XCR0 is the root's, which has all of `mask`.
+    unsafe {
+        xsave(root_xsave(area), mask);
+        xrstor(direct(core.xsave), mask);
+    }
+    set_xcr0(root.xcr0, core.state.xcr0);
+    set_tsc_aux(root.tsc_aux, core.state.tsc_aux);
+    let [a, b, c, d] = core.state.dr;
+    set_dr0(a);
+    set_dr1(b);
+    set_dr2(c);
+    set_dr3(d);
+    // AMD-V has DR6 and CR2 in the VMCB; loading them here too costs two instructions.
+    set_dr6(core.state.dr6);
+    // SAFETY: CR2 means nothing to the image.
+    unsafe { asm!("mov cr2, {}", in(reg) core.state.cr2, options(nomem, nostack)) };
+}
+
+/// From a child to the root. `keep_cr2_dr6`: VT-x leaves the child's values in the registers.
+pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
+    // SAFETY: as in `to_child`.
+    let root = unsafe { &mut *root_state(area) };
+    core.state.dr = [dr0(), dr1(), dr2(), dr3()];
+    if in_registers {
+        core.state.dr6 = dr6();
+        let cr2: u64;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
+        core.state.cr2 = cr2;
+    }
+    set_xcr0(core.state.xcr0, root.xcr0);
+    set_tsc_aux(core.state.tsc_aux, root.tsc_aux);
+    let mask = root.xcr0 & CHILD_XCR0;
+    // SAFETY: as in `to_child`.
+    unsafe {
+        xsave(direct(core.xsave), mask);
+        xrstor(root_xsave(area), mask);
+    }
+    let [a, b, c, d] = root.dr;
+    set_dr0(a);
+    set_dr1(b);
+    set_dr2(c);
+    set_dr3(d);
+    set_dr6(root.dr6);
+    // SAFETY: CR2 means nothing to the image.
+    unsafe { asm!("mov cr2, {}", in(reg) root.cr2, options(nomem, nostack)) };
+}
+
+/// Host TSC.
+pub fn rdtsc() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the image runs at CPL 0.
+    unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(high) << 32 | u64::from(low)
+}

@@ -1,0 +1,613 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A child's VMCS: set-up, registers in and out, exits and event injection (SDM 26-28).
+
+use core::arch::asm;
+
+use hv_abi::boot::{BootInfo, CpuArea};
+use hv_x86::regs::{cr0, cr4, efer, msr, rflags};
+use hv_x86::state::Segment;
+use hv_x86::vmcs::{
+    adjust, entry_control, exit_control, field, pin, processor, reason, secondary, ENTRY_FAILED,
+};
+
+use super::{invept, read, write};
+use crate::arch::cpu::{rdmsr, resend_nmi, wrmsr};
+use crate::arch::memory::direct;
+use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::vp::VpCore;
+use crate::vp_state::{segment, VpState, RSP};
+
+/// CR0 bits that the image owns: NE must be set in VMX operation, CD and NW would reach the machine's caches.
+const CR0_OWNED: u64 = cr0::NE | cr0::CD | cr0::NW;
+/// CR4 bits that a child may change freely. The rest is owned: VMXE must be set, MCE stays on for the root's
+/// sake, and what CPUID hides from children is reserved.
+const CR4_FREE: u64 = 0x7bf & !cr4::MCE
+    | 1 << 11
+    | 1 << 16
+    | cr4::PCIDE
+    | cr4::OSXSAVE
+    | cr4::SMEP
+    | cr4::SMAP
+    | cr4::PKE;
+/// All CR4 bits that a child may set.
+const CR4_ALLOWED: u64 = CR4_FREE | cr4::MCE;
+/// Interruptibility: STI, MOV SS, NMI.
+const BLOCKING_STI: u64 = 1;
+const BLOCKING_MOVSS: u64 = 2;
+const BLOCKING_NMI: u64 = 8;
+/// Event types of the interruption information.
+const TYPE_NMI: u32 = 2;
+const TYPE_EXCEPTION: u32 = 3;
+const VALID: u32 = 1 << 31;
+const WITH_ERROR: u32 = 1 << 11;
+
+/// MSRs that the world switch moves, with their place in [`VpState`].
+const SWITCHED: [u32; 5] = [
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0102,
+];
+
+fn switched(state: &mut VpState) -> [&mut u64; 5] {
+    [
+        &mut state.star,
+        &mut state.lstar,
+        &mut state.cstar,
+        &mut state.sfmask,
+        &mut state.kernel_gs_base,
+    ]
+}
+
+/// Makes a VMCS current.
+pub fn load_vmcs(spa: u64) {
+    // SAFETY: the page is a VMCS region of the hypervisor with the revision identifier, not active on another
+    // CPU: each leaves it by VMCLEAR.
+    unsafe { asm!("vmptrld [{}]", in(reg) &raw const spa, options(nostack)) };
+}
+
+/// Writes a VMCS back to memory and makes it inactive.
+pub fn clear_vmcs(spa: u64) {
+    // SAFETY: as for `load_vmcs`.
+    unsafe { asm!("vmclear [{}]", in(reg) &raw const spa, options(nostack)) };
+}
+
+fn invvpid(vpid: u64) {
+    let descriptor = [vpid, 0u64];
+    // SAFETY: preflight checked the single-context type; it only drops translations.
+    unsafe {
+        asm!("invvpid {0}, [{1}]", in(reg) 1u64, in(reg) &raw const descriptor, options(nostack))
+    };
+}
+
+/// The current VMCS, of a child.
+pub struct VmxChild {
+    /// Facts of the machine.
+    pub info: &'static BootInfo,
+}
+
+/// Host fields that are the same in all VMCSs of a CPU: copied from the root's.
+const HOST_FIELDS: [u32; 22] = [
+    field::HOST_ES_SELECTOR,
+    field::HOST_CS_SELECTOR,
+    field::HOST_SS_SELECTOR,
+    field::HOST_DS_SELECTOR,
+    field::HOST_FS_SELECTOR,
+    field::HOST_GS_SELECTOR,
+    field::HOST_TR_SELECTOR,
+    field::HOST_PAT,
+    field::HOST_EFER,
+    field::HOST_SYSENTER_CS,
+    field::HOST_CR0,
+    field::HOST_CR3,
+    field::HOST_CR4,
+    field::HOST_FS_BASE,
+    field::HOST_GS_BASE,
+    field::HOST_TR_BASE,
+    field::HOST_GDTR_BASE,
+    field::HOST_IDTR_BASE,
+    field::HOST_SYSENTER_ESP,
+    field::HOST_SYSENTER_EIP,
+    field::HOST_RSP,
+    field::HOST_RIP,
+];
+
+impl VmxChild {
+    /// Makes the VMCS of a VP current on this CPU, setting it up the first time.
+    pub fn open(area: &CpuArea, info: &'static BootInfo, core: &mut VpCore, slat: u64) -> Self {
+        let moved = core.last_cpu != area.cpu || !core.prepared;
+        // The root's VMCS is current here.
+        let host = if moved {
+            HOST_FIELDS.map(read)
+        } else {
+            [0; HOST_FIELDS.len()]
+        };
+        let this = Self { info };
+        if !core.prepared {
+            // SAFETY: the page is the VP's own control structure, not used before.
+            unsafe {
+                direct(core.control)
+                    .cast::<u32>()
+                    .write(info.vmx.basic as u32 & 0x7fff_ffff)
+            };
+            clear_vmcs(core.control);
+        }
+        load_vmcs(core.control);
+        if moved {
+            for (number, value) in HOST_FIELDS.into_iter().zip(host) {
+                write(number, value);
+            }
+        }
+        if !core.prepared {
+            this.prepare(slat, core.vpid);
+            core.prepared = true;
+            core.dirty = true;
+        }
+        this
+    }
+
+    fn prepare(&self, slat: u64, vpid: u16) {
+        let vmx = &self.info.vmx;
+        let cet = self.info.vmx_cet != 0;
+        let mut entry =
+            entry_control::LOAD_DEBUG | entry_control::LOAD_PAT | entry_control::LOAD_EFER;
+        let mut exit = exit_control::SAVE_DEBUG
+            | exit_control::HOST_64BIT
+            | exit_control::SAVE_PAT
+            | exit_control::LOAD_PAT
+            | exit_control::SAVE_EFER
+            | exit_control::LOAD_EFER;
+        if cet {
+            entry |= entry_control::LOAD_CET;
+            exit |= exit_control::LOAD_CET;
+        }
+        let second = secondary::EPT
+            | secondary::VPID
+            | secondary::UNRESTRICTED_GUEST
+            | secondary::RDTSCP
+            | secondary::INVPCID
+            | secondary::WBINVD;
+        let first = processor::HLT
+            | processor::MWAIT
+            | processor::RDPMC
+            | processor::CR8_LOAD
+            | processor::CR8_STORE
+            | processor::IO
+            | processor::MONITOR
+            | processor::TSC_OFFSET
+            | processor::MSR_BITMAP
+            | processor::SECONDARY;
+        for (number, wanted, capability) in [
+            (
+                field::PIN_CONTROLS,
+                pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI,
+                vmx.pin,
+            ),
+            (field::PROCESSOR_CONTROLS, first, vmx.processor),
+            (field::SECONDARY_CONTROLS, second, vmx.secondary),
+            (field::EXIT_CONTROLS, exit, vmx.exit),
+            (field::ENTRY_CONTROLS, entry, vmx.entry),
+        ] {
+            write(number, adjust(wanted, capability).into());
+        }
+        write(field::VPID, vpid.into());
+        write(field::EPT_POINTER, slat | 3 << 3 | 6);
+        write(field::MSR_BITMAP, self.info.child_msr_map);
+        write(field::LINK_POINTER, u64::MAX);
+        write(field::CR0_MASK, CR0_OWNED);
+        write(field::CR4_MASK, !CR4_FREE);
+        for zero in [
+            field::EXCEPTION_BITMAP,
+            field::PAGE_FAULT_MASK,
+            field::PAGE_FAULT_MATCH,
+            field::CR3_TARGET_COUNT,
+            field::EXIT_MSR_STORE_COUNT,
+            field::EXIT_MSR_LOAD_COUNT,
+            field::ENTRY_MSR_LOAD_COUNT,
+            field::ENTRY_INTERRUPTION,
+            field::GUEST_ACTIVITY,
+            field::GUEST_PENDING_DEBUG,
+        ] {
+            write(zero, 0);
+        }
+        if cet {
+            for zero in [
+                field::GUEST_S_CET,
+                field::GUEST_SSP,
+                field::GUEST_SSP_TABLE,
+                field::HOST_S_CET,
+                field::HOST_SSP,
+                field::HOST_SSP_TABLE,
+            ] {
+                write(zero, 0);
+            }
+        }
+    }
+}
+
+/// Hands the MSRs to the child and keeps the root's.
+pub fn msrs_to_child(root: &mut [u64; 8], core: &mut VpCore) {
+    for ((number, value), slot) in SWITCHED
+        .into_iter()
+        .zip(switched(&mut core.state))
+        .zip(root.iter_mut())
+    {
+        *slot = rdmsr(number);
+        if *slot != *value {
+            // SAFETY: the VMM's or the guest's value; a value that is not canonical would fault, so such ones were
+            // refused or made canonical when they were set.
+            unsafe { wrmsr(number, canonical(*value)) };
+        }
+    }
+}
+
+/// Sign-extends bit 47: what the processor accepts for an address on every model.
+fn canonical(value: u64) -> u64 {
+    let extended = ((value << 16) as i64 >> 16) as u64;
+    if value >> 47 == 0 || value >> 47 == 0x1_ffff {
+        value
+    } else {
+        extended
+    }
+}
+
+/// The way back.
+pub fn msrs_to_root(root: &[u64; 8], core: &mut VpCore) {
+    for ((number, value), slot) in SWITCHED
+        .into_iter()
+        .zip(switched(&mut core.state))
+        .zip(root.iter())
+    {
+        *value = rdmsr(number);
+        if *value != *slot {
+            // SAFETY: the root's own value.
+            unsafe { wrmsr(number, *slot) };
+        }
+    }
+    const _: () = assert!(msr::EFER == 0xc000_0080);
+}
+
+const SEGMENT_STRIDE: u32 = 2;
+
+fn set_segment(index: u32, s: Segment) {
+    let step = SEGMENT_STRIDE * index;
+    write(field::GUEST_ES_SELECTOR + step, s.selector.into());
+    write(field::GUEST_ES_BASE + step, s.base);
+    write(field::GUEST_ES_LIMIT + step, s.limit.into());
+    write(field::GUEST_ES_RIGHTS + step, s.rights.into());
+}
+
+fn get_segment(index: u32) -> Segment {
+    let step = SEGMENT_STRIDE * index;
+    Segment {
+        selector: read(field::GUEST_ES_SELECTOR + step) as u16,
+        base: read(field::GUEST_ES_BASE + step),
+        limit: read(field::GUEST_ES_LIMIT + step) as u32,
+        rights: read(field::GUEST_ES_RIGHTS + step) as u32,
+    }
+}
+
+fn set_processor_control(bit: u32, on: bool) {
+    let old = read(field::PROCESSOR_CONTROLS);
+    let new = if on {
+        old | u64::from(bit)
+    } else {
+        old & !u64::from(bit)
+    };
+    if new != old {
+        write(field::PROCESSOR_CONTROLS, new);
+    }
+}
+
+fn set_cr0(value: u64) {
+    write(field::CR0_SHADOW, value);
+    write(field::GUEST_CR0, value & !(cr0::CD | cr0::NW) | cr0::NE);
+}
+
+fn set_cr4(value: u64) {
+    write(field::CR4_SHADOW, value);
+    write(field::GUEST_CR4, value & CR4_ALLOWED | cr4::VMXE | cr4::MCE);
+}
+
+fn set_efer(value: u64, cr0_value: u64) {
+    let mut value = value & !efer::LMA;
+    let mut entry = read(field::ENTRY_CONTROLS) & !u64::from(entry_control::IA32E);
+    if value & efer::LME != 0 && cr0_value & cr0::PG != 0 {
+        value |= efer::LMA;
+        entry |= u64::from(entry_control::IA32E);
+    }
+    write(field::GUEST_EFER, value);
+    write(field::ENTRY_CONTROLS, entry);
+}
+
+impl ChildHardware for VmxChild {
+    fn load(&mut self, core: &VpCore) {
+        let s = &core.state;
+        write(field::GUEST_RSP, s.context.gprs[RSP]);
+        write(field::GUEST_RIP, s.rip);
+        write(field::GUEST_RFLAGS, s.rflags & 0x3f_7fd7 | 2);
+        set_cr0(s.cr0);
+        set_cr4(s.cr4);
+        set_efer(s.efer, s.cr0);
+        write(field::GUEST_CR3, s.cr3);
+        write(field::GUEST_PAT, s.pat);
+        write(field::GUEST_DR7, s.dr7);
+        write(field::GUEST_DEBUGCTL, s.debugctl);
+        for (index, segment) in s.segments.into_iter().enumerate() {
+            set_segment(index as u32, segment);
+        }
+        write(field::GUEST_GDTR_BASE, s.gdtr.base);
+        write(field::GUEST_GDTR_LIMIT, s.gdtr.limit.into());
+        write(field::GUEST_IDTR_BASE, s.idtr.base);
+        write(field::GUEST_IDTR_LIMIT, s.idtr.limit.into());
+        write(field::GUEST_SYSENTER_CS, s.sysenter_cs);
+        write(field::GUEST_SYSENTER_ESP, s.sysenter_esp);
+        write(field::GUEST_SYSENTER_EIP, s.sysenter_eip);
+        write(field::TSC_OFFSET, s.tsc_offset);
+        let shadow = if s.interrupt_shadow { BLOCKING_STI } else { 0 };
+        let masked = if s.nmi_masked { BLOCKING_NMI } else { 0 };
+        // STI blocking needs RFLAGS.IF (SDM 27.3.1.5).
+        let shadow = if s.rflags & rflags::IF == 0 && shadow != 0 {
+            BLOCKING_MOVSS
+        } else {
+            shadow
+        };
+        write(field::GUEST_INTERRUPTIBILITY, shadow | masked);
+        write(field::GUEST_PENDING_DEBUG, 0);
+    }
+
+    fn store(&mut self, core: &mut VpCore) {
+        let s = &mut core.state;
+        s.context.gprs[RSP] = read(field::GUEST_RSP);
+        s.rip = read(field::GUEST_RIP);
+        s.rflags = read(field::GUEST_RFLAGS);
+        s.cr0 = read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED;
+        s.cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
+        s.cr3 = read(field::GUEST_CR3);
+        s.efer = read(field::GUEST_EFER);
+        s.pat = read(field::GUEST_PAT);
+        s.dr7 = read(field::GUEST_DR7);
+        s.debugctl = read(field::GUEST_DEBUGCTL);
+        for (index, segment) in s.segments.iter_mut().enumerate() {
+            *segment = get_segment(index as u32);
+        }
+        s.gdtr.base = read(field::GUEST_GDTR_BASE);
+        s.gdtr.limit = read(field::GUEST_GDTR_LIMIT) as u16;
+        s.idtr.base = read(field::GUEST_IDTR_BASE);
+        s.idtr.limit = read(field::GUEST_IDTR_LIMIT) as u16;
+        s.sysenter_cs = read(field::GUEST_SYSENTER_CS);
+        s.sysenter_esp = read(field::GUEST_SYSENTER_ESP);
+        s.sysenter_eip = read(field::GUEST_SYSENTER_EIP);
+        let shadow = read(field::GUEST_INTERRUPTIBILITY);
+        s.interrupt_shadow = shadow & (BLOCKING_STI | BLOCKING_MOVSS) != 0;
+        s.nmi_masked = shadow & BLOCKING_NMI != 0;
+    }
+
+    fn peek(&mut self, core: &mut VpCore) {
+        let s = &mut core.state;
+        s.cr0 = read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED;
+        s.cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
+        s.efer = read(field::GUEST_EFER);
+        s.rip = read(field::GUEST_RIP);
+        s.segments[segment::SS].rights = read(field::GUEST_SS_RIGHTS) as u32;
+    }
+
+    fn after_exit(&mut self, core: &mut VpCore) {
+        let vectoring = read(field::VECTORING_INFORMATION) as u32;
+        core.requeue = if vectoring & VALID != 0 {
+            write(
+                field::ENTRY_INSTRUCTION_LENGTH,
+                read(field::EXIT_INSTRUCTION_LENGTH),
+            );
+            (
+                vectoring & !(1 << 12),
+                read(field::VECTORING_ERROR_CODE) as u32,
+            )
+        } else {
+            (0, 0)
+        };
+        if core.window_requested {
+            core.window_requested = false;
+            set_processor_control(processor::INTERRUPT_WINDOW | processor::NMI_WINDOW, false);
+        }
+    }
+
+    fn exit(&mut self, _: &VpCore) -> ChildExit {
+        let full = read(field::EXIT_REASON) as u32;
+        if full & ENTRY_FAILED != 0 {
+            crate::log!(
+                "child entry refused: reason {full:#x} qualification {:#x}",
+                read(field::EXIT_QUALIFICATION)
+            );
+            return ChildExit::InvalidState;
+        }
+        match full & 0xffff {
+            reason::EXTERNAL_INTERRUPT => ChildExit::ExternalInterrupt,
+            reason::EXCEPTION_OR_NMI => ChildExit::Nmi,
+            reason::INTERRUPT_WINDOW => ChildExit::Window,
+            reason::NMI_WINDOW => ChildExit::Window,
+            reason::CPUID => ChildExit::Cpuid,
+            reason::HLT => ChildExit::Halt,
+            reason::VMCALL => ChildExit::Hypercall,
+            reason::RDMSR => ChildExit::MsrRead,
+            reason::WRMSR => ChildExit::MsrWrite,
+            reason::XSETBV => ChildExit::Xsetbv,
+            reason::TRIPLE_FAULT => ChildExit::TripleFault,
+            reason::INIT | reason::SIPI => ChildExit::Nmi,
+            reason::IO => {
+                // Qualification: size - 1 in 2:0, IN 3, string 4, REP 5, port in 31:16 (SDM table 28-5).
+                let q = read(field::EXIT_QUALIFICATION);
+                let information = read(field::EXIT_INSTRUCTION_INFORMATION);
+                ChildExit::Io(IoAccess {
+                    port: (q >> 16) as u16,
+                    size: (q & 7) as u8 + 1,
+                    is_in: q & 8 != 0,
+                    string: q & 16 != 0,
+                    rep: q & 32 != 0,
+                    segment: (information >> 15 & 7) as u8,
+                    length: read(field::EXIT_INSTRUCTION_LENGTH) as u8,
+                })
+            }
+            reason::CR_ACCESS => {
+                let q = read(field::EXIT_QUALIFICATION);
+                let register = (q >> 8 & 15) as u8;
+                match (q & 15, q >> 4 & 3) {
+                    (number @ (0 | 4), 0) => ChildExit::ControlRegisterWrite {
+                        register: number as u8,
+                        source: register,
+                    },
+                    (8, 0) => ChildExit::TaskPriority {
+                        write: true,
+                        register,
+                    },
+                    (8, 1) => ChildExit::TaskPriority {
+                        write: false,
+                        register,
+                    },
+                    _ => ChildExit::Undefined,
+                }
+            }
+            reason::EPT_VIOLATION => {
+                let q = read(field::EXIT_QUALIFICATION);
+                ChildExit::Fault {
+                    gpa: read(field::GUEST_PHYSICAL_ADDRESS),
+                    write: q & 2 != 0,
+                    execute: q & 4 != 0,
+                    gva: (q & 0x180 == 0x180).then(|| read(field::GUEST_LINEAR_ADDRESS)),
+                }
+            }
+            reason::INVD | reason::WBINVD | 40 => ChildExit::Nop,
+            reason::GETSEC
+            | reason::VMCLEAR..=reason::VMXON
+            | reason::INVEPT
+            | reason::INVVPID
+            | 36
+            | 39
+            | 15 => ChildExit::Undefined,
+            other => ChildExit::Unknown(other.into()),
+        }
+    }
+
+    fn instruction_length(&self) -> u64 {
+        read(field::EXIT_INSTRUCTION_LENGTH)
+    }
+
+    fn skip(&mut self, _: &mut VpCore, length: u64) {
+        write(
+            field::GUEST_RIP,
+            read(field::GUEST_RIP).wrapping_add(length),
+        );
+        let shadow = read(field::GUEST_INTERRUPTIBILITY);
+        if shadow & (BLOCKING_STI | BLOCKING_MOVSS) != 0 {
+            write(
+                field::GUEST_INTERRUPTIBILITY,
+                shadow & !(BLOCKING_STI | BLOCKING_MOVSS),
+            );
+        }
+        if read(field::GUEST_RFLAGS) & rflags::TF != 0 && read(field::GUEST_DEBUGCTL) & 2 == 0 {
+            write(
+                field::GUEST_PENDING_DEBUG,
+                read(field::GUEST_PENDING_DEBUG) | 1 << 14,
+            );
+        }
+    }
+
+    fn rax(&mut self, core: &mut VpCore, value: u64) {
+        core.state.context.gprs[0] = value;
+    }
+
+    fn inject(&mut self, info: u32, error: u32) {
+        // Outside protected mode no exception has an error code (SDM 27.2.1.3).
+        let info = if read(field::GUEST_CR0) & cr0::PE == 0 {
+            info & !WITH_ERROR
+        } else {
+            info
+        };
+        write(field::ENTRY_INTERRUPTION, info.into());
+        write(field::ENTRY_ERROR_CODE, error.into());
+    }
+
+    fn inject_nmi(&mut self) {
+        write(
+            field::ENTRY_INTERRUPTION,
+            u64::from(VALID | TYPE_NMI << 8 | 2),
+        );
+    }
+
+    fn inject_interrupt(&mut self, vector: u8) {
+        write(
+            field::ENTRY_INTERRUPTION,
+            u64::from(VALID | u32::from(vector)),
+        );
+    }
+
+    fn exception(vector: u8, error: Option<u32>) -> (u32, u32) {
+        let with = if error.is_some() { WITH_ERROR } else { 0 };
+        (
+            VALID | TYPE_EXCEPTION << 8 | with | u32::from(vector),
+            error.unwrap_or(0),
+        )
+    }
+
+    fn interrupts_open(&self, _: &VpCore) -> bool {
+        self.interrupt_flag()
+            && read(field::GUEST_INTERRUPTIBILITY) & (BLOCKING_STI | BLOCKING_MOVSS) == 0
+    }
+
+    fn interrupt_flag(&self) -> bool {
+        read(field::GUEST_RFLAGS) & rflags::IF != 0
+    }
+
+    fn nmis_open(&self, _: &VpCore) -> bool {
+        read(field::GUEST_INTERRUPTIBILITY) & (BLOCKING_STI | BLOCKING_MOVSS | BLOCKING_NMI) == 0
+    }
+
+    fn end_nmi(&mut self, _: &mut VpCore) {}
+
+    fn request_window(&mut self) {
+        set_processor_control(processor::INTERRUPT_WINDOW, true);
+    }
+
+    fn request_nmi_window(&mut self) {
+        set_processor_control(processor::NMI_WINDOW, true);
+    }
+
+    fn before_entry(&mut self, core: &mut VpCore, flush: bool) {
+        core.window_requested = read(field::PROCESSOR_CONTROLS) as u32
+            & (processor::INTERRUPT_WINDOW | processor::NMI_WINDOW)
+            != 0;
+        if flush {
+            invept(read(field::EPT_POINTER));
+            invvpid(core.vpid.into());
+        }
+    }
+
+    fn write_control_register(&mut self, _: &mut VpCore, register: u8, value: u64) -> bool {
+        if register == 0 {
+            if value >> 32 != 0
+                || value & (cr0::PG | cr0::PE) == cr0::PG
+                || value & (cr0::NW | cr0::CD) == cr0::NW
+            {
+                return false;
+            }
+            set_cr0(value);
+            let current = read(field::GUEST_EFER);
+            set_efer(current, value);
+        } else {
+            if value & !CR4_ALLOWED != 0 {
+                return false;
+            }
+            set_cr4(value);
+            // A change of paging bits drops translations (SDM 5.10.4.1).
+            invvpid(read(field::VPID));
+        }
+        true
+    }
+
+    fn forward_nmi(&mut self, area_cpu: u32) {
+        if read(field::EXIT_REASON) as u32 & 0xffff == reason::EXCEPTION_OR_NMI {
+            resend_nmi(area_cpu);
+        }
+    }
+}

@@ -1,0 +1,553 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Running a child: its exits, and what is delivered to it at each entry.
+//!
+//! An exit is finished here where that is possible; otherwise the VP goes back to the root with a
+//! [`DispatchEvent`]. All of it is generic over the control structure ([`ChildHardware`]).
+
+use core::sync::atomic::Ordering;
+
+use hv_abi::boot::BootInfo;
+use hv_abi::hypercall::{state_page, DispatchEvent, VpRunPage};
+
+use crate::apic::{DeliveryMode, Interrupt, IpiRequest, WriteEffect};
+use crate::arch::object::{page_bytes, shared, shared_read, shared_write};
+use crate::arch::switch::rdtsc;
+use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::child_emulate as emulate;
+use crate::messages;
+use crate::partition::{Partition, RUN_PAGE};
+use crate::register_page::{self, RegisterPage};
+use crate::vp::{Vp, VpCore};
+use crate::vp_state::VpState;
+
+/// Vectors of the exceptions that the hypervisor raises.
+pub mod exception {
+    /// #UD.
+    pub const UNDEFINED: u8 = 6;
+    /// #GP.
+    pub const GENERAL_PROTECTION: u8 = 13;
+}
+
+/// One VP on one CPU.
+pub struct Run<'a, H: ChildHardware> {
+    /// Facts of the machine.
+    pub info: &'a BootInfo,
+    /// CPU number.
+    pub cpu: u32,
+    /// The VP.
+    pub vp: &'static Vp,
+    /// What this CPU owns of it.
+    pub core: &'a mut VpCore,
+    /// Its control structure.
+    pub hardware: H,
+    /// Another VP ran on this CPU meanwhile.
+    pub first: bool,
+}
+
+/// What to do after an exit.
+pub enum Next {
+    /// Enter the VP again.
+    Enter,
+    /// Back to the root.
+    Root(DispatchEvent),
+}
+
+impl<H: ChildHardware> Run<'_, H> {
+    /// The partition.
+    pub fn partition(&self) -> &'static Partition {
+        self.vp.partition.get()
+    }
+
+    /// The guest's TSC.
+    pub fn now(&self) -> u64 {
+        rdtsc().wrapping_add(self.core.state.tsc_offset)
+    }
+
+    /// Brings the registers into `core.state`.
+    pub fn pull(&mut self) -> &mut VpState {
+        if self.core.in_hardware {
+            self.hardware.store(self.core);
+            self.core.in_hardware = false;
+        }
+        &mut self.core.state
+    }
+
+    /// Brings the mode into `core.state`, if the whole is not there: see [`ChildHardware::peek`].
+    pub fn peek(&mut self) -> &mut VpState {
+        if self.core.in_hardware {
+            self.hardware.peek(self.core);
+        }
+        &mut self.core.state
+    }
+
+    /// `core.state` was changed: it goes back at the next entry.
+    pub fn changed(&mut self) {
+        self.core.dirty = true;
+    }
+
+    /// Raises an exception at the current instruction.
+    pub fn raise(&mut self, vector: u8, error: Option<u32>) {
+        self.core.requeue = H::exception(vector, error);
+    }
+
+    /// Raises #GP(0).
+    pub fn general_protection(&mut self) {
+        self.raise(exception::GENERAL_PROTECTION, Some(0));
+    }
+
+    /// Moves past the exiting instruction.
+    pub fn skip(&mut self) {
+        let length = self.hardware.instruction_length();
+        self.skip_by(length);
+    }
+
+    fn skip_by(&mut self, length: u64) {
+        if self.core.in_hardware {
+            self.hardware.skip(self.core, length);
+        } else {
+            let state = &mut self.core.state;
+            state.rip = state.rip.wrapping_add(length);
+            state.interrupt_shadow = false;
+            self.core.dirty = true;
+        }
+    }
+
+    /// First part of an exit.
+    pub fn after_exit(&mut self) -> Next {
+        self.core.in_hardware = true;
+        self.hardware.after_exit(self.core);
+        let exit = self.hardware.exit(self.core);
+        match exit {
+            ChildExit::ExternalInterrupt => return Next::Root(DispatchEvent::Interrupt),
+            ChildExit::Nmi => {
+                self.hardware.forward_nmi(self.cpu);
+                return Next::Root(DispatchEvent::Interrupt);
+            }
+            ChildExit::Window => {}
+            ChildExit::NmiWindow => self.hardware.end_nmi(self.core),
+            ChildExit::Cpuid => emulate::cpuid(self),
+            ChildExit::Hypercall => emulate::hypercall(self),
+            ChildExit::MsrRead => emulate::read_msr(self),
+            ChildExit::MsrWrite => return self.effect_of_msr_write(),
+            ChildExit::Xsetbv => emulate::xsetbv(self),
+            ChildExit::Halt => {
+                self.skip();
+                self.core.state.halt_suspend = true;
+            }
+            ChildExit::Io(access) => return self.port(access),
+            ChildExit::ControlRegisterWrite { register, source } => {
+                let value = self.register(source);
+                if self
+                    .hardware
+                    .write_control_register(self.core, register, value)
+                {
+                    self.skip();
+                } else {
+                    self.general_protection();
+                }
+            }
+            ChildExit::TaskPriority { write, register } => self.task_priority(write, register),
+            ChildExit::Fault {
+                gpa,
+                write,
+                execute,
+                gva,
+            } => return self.memory(gpa, write, execute, gva),
+            ChildExit::Nop => self.skip(),
+            ChildExit::Undefined => self.raise(exception::UNDEFINED, None),
+            ChildExit::TripleFault => {
+                self.core.shut_down = true;
+            }
+            ChildExit::InvalidState => {
+                return self.message(|run| messages::invalid_vp_register(run.vp.index))
+            }
+            ChildExit::Unknown(code) => {
+                crate::log!(
+                    "partition {:#x} VP {}: exit {code:#x} unknown",
+                    self.partition().id,
+                    self.vp.index
+                );
+                return self.message(|run| messages::unsupported_feature(run.vp.index, code));
+            }
+        }
+        self.enter()
+    }
+
+    fn register(&mut self, number: u8) -> u64 {
+        if usize::from(number) == crate::vp_state::RSP {
+            self.pull();
+        }
+        self.core
+            .state
+            .context
+            .gprs
+            .get(usize::from(number))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    fn task_priority(&mut self, write: bool, register: u8) {
+        if write {
+            let value = self.register(register);
+            if self.core.apic.set_cr8(value).is_err() {
+                return self.general_protection();
+            }
+        } else {
+            let value = self.core.apic.cr8();
+            self.pull();
+            if let Some(slot) = self.core.state.context.gprs.get_mut(usize::from(register)) {
+                *slot = value;
+            }
+            self.changed();
+        }
+        self.skip();
+    }
+
+    fn effect_of_msr_write(&mut self) -> Next {
+        let effect = emulate::write_msr(self);
+        if self.apply(effect) {
+            return Next::Root(DispatchEvent::Signal);
+        }
+        self.enter()
+    }
+
+    /// Acts on what a write to the local APIC caused. True if other VPs were signalled.
+    pub fn apply(&mut self, effect: WriteEffect) -> bool {
+        match effect {
+            WriteEffect::Ipi(request) => self.send(&request),
+            WriteEffect::AddressingChanged | WriteEffect::BaseChanged => {
+                self.vp.posted.publish(self.core.apic.addressing());
+                false
+            }
+            WriteEffect::None | WriteEffect::TimerChanged | WriteEffect::Eoi { .. } => false,
+        }
+    }
+
+    /// Delivers an inter-processor interrupt.
+    fn send(&mut self, request: &IpiRequest) -> bool {
+        let mut signalled = false;
+        let lowest = request.interrupt.mode == DeliveryMode::LowestPriority;
+        for other in self.partition().vps() {
+            let is_self = other.index == self.vp.index;
+            if !other.posted.matches(request.destination, is_self) {
+                continue;
+            }
+            if is_self {
+                self.core.apic.accept(request.interrupt);
+            } else {
+                signalled |= post(other, request.interrupt);
+            }
+            if lowest {
+                break;
+            }
+        }
+        signalled
+    }
+
+    fn port(&mut self, access: IoAccess) -> Next {
+        self.pull();
+        let bytes = emulate::instruction_bytes(self);
+        self.message(|run| {
+            messages::io_port(
+                run.vp.index,
+                &run.core.state,
+                run.core.apic.cr8() as u8,
+                &access,
+                bytes.0,
+                bytes.1,
+            )
+        })
+    }
+
+    fn memory(&mut self, gpa: u64, write: bool, execute: bool, gva: Option<u64>) -> Next {
+        if self.partition().translate(self.info, gpa, write).is_some() && !execute {
+            // Another CPU mapped it meanwhile.
+            return self.enter();
+        }
+        self.pull();
+        let bytes = emulate::instruction_bytes(self);
+        let mapped = self.partition().translate(self.info, gpa, false).is_some();
+        self.message(|run| {
+            let access = if write {
+                1
+            } else if execute {
+                2
+            } else {
+                0
+            };
+            messages::memory(
+                run.vp.index,
+                &run.core.state,
+                run.core.apic.tpr(),
+                mapped,
+                access,
+                gva,
+                gpa,
+                bytes.0,
+                bytes.1,
+            )
+        })
+    }
+
+    /// Leaves a message for the VMM.
+    fn message(&mut self, make: impl FnOnce(&Self) -> [u64; 32]) -> Next {
+        self.pull();
+        self.save_requeue();
+        let message = make(self);
+        let [_, page, _] = self.core.pages;
+        if page != 0 {
+            shared_write(page, message);
+        }
+        Next::Root(DispatchEvent::Intercept)
+    }
+
+    /// An event whose delivery was interrupted is the VMM's to see, in `PENDING_INTERRUPTION`.
+    fn save_requeue(&mut self) {
+        let (info, error) = core::mem::take(&mut self.core.requeue);
+        if info >> 31 & 1 != 0 {
+            let kind = u64::from(info >> 8 & 7);
+            let with_error = u64::from(info >> 11 & 1);
+            self.core.state.pending_interruption = 1
+                | kind << 1
+                | with_error << 4
+                | u64::from(info & 0xff) << 16
+                | u64::from(error) << 32;
+        }
+    }
+
+    /// Everything before an entry: interrupts, timers, start-up, and the checks that may keep the VP out.
+    pub fn enter(&mut self) -> Next {
+        if self.core.shut_down {
+            return self
+                .message(|run| messages::unrecoverable_exception(run.vp.index, &run.core.state));
+        }
+        if self.vp.posted.is_outstanding() {
+            self.vp.posted.drain_into(&mut self.core.apic);
+        }
+        let now = self.now();
+        if self
+            .core
+            .apic
+            .timer_deadline()
+            .is_some_and(|deadline| deadline <= now)
+        {
+            self.core.apic.timer_expired(now);
+        }
+        let pending = self.core.apic.pending();
+        if pending.init {
+            self.init();
+        }
+        if let Some(vector) = pending.sipi {
+            self.core.apic.take_sipi();
+            if self.core.state.startup_suspend {
+                self.start(vector);
+            }
+        }
+        if self.core.state.startup_suspend {
+            return Next::Root(DispatchEvent::WaitForSipi);
+        }
+        self.absorb_pending_interruption();
+        if self.core.dirty {
+            // What the VMM or an emulation left in `state`.
+            self.hardware.load(self.core);
+            self.core.dirty = false;
+        }
+        self.core.in_hardware = true;
+        if self.core.state.halt_suspend {
+            let wakes = pending.nmi
+                || self.core.requeue.0 != 0
+                || self.hardware.interrupt_flag()
+                    && (pending.ext_int.is_some() || pending.vector.is_some());
+            if !wakes {
+                return Next::Root(DispatchEvent::Halted);
+            }
+            self.core.state.halt_suspend = false;
+        }
+        // Before anything is injected: an injected event must be followed by an entry.
+        if self.deadline() < self.core.told_deadline {
+            return Next::Root(DispatchEvent::Deadline);
+        }
+        let (info, error) = core::mem::take(&mut self.core.requeue);
+        if info >> 31 & 1 != 0 {
+            self.hardware.inject(info, error);
+            if pending.nmi || pending.ext_int.is_some() || pending.vector.is_some() {
+                self.hardware.request_window();
+            }
+        } else if pending.nmi && self.hardware.nmis_open(self.core) {
+            self.core.apic.take_nmi();
+            self.core.state.nmi_masked = true;
+            self.hardware.inject_nmi();
+        } else if pending.ext_int.is_some() || pending.vector.is_some() {
+            if self.hardware.interrupts_open(self.core) {
+                let vector = match self.core.apic.take_ext_int() {
+                    Some(vector) => vector,
+                    None => {
+                        let vector = pending.vector.unwrap_or(0);
+                        self.core.apic.acknowledge(vector);
+                        vector
+                    }
+                };
+                self.hardware.inject_interrupt(vector);
+                if !self.core.apic.pending().is_empty() {
+                    self.hardware.request_window();
+                }
+            } else {
+                self.hardware.request_window();
+            }
+        } else if pending.nmi {
+            self.hardware.request_nmi_window();
+        }
+        let generation = self.partition().generation.load(Ordering::Acquire);
+        let flush =
+            generation != self.core.seen_generation || self.core.last_cpu != self.cpu || self.first;
+        self.core.seen_generation = generation;
+        self.core.last_cpu = self.cpu;
+        self.hardware.before_entry(self.core, flush);
+        Next::Enter
+    }
+
+    /// Host TSC of the next timer expiry.
+    fn deadline(&self) -> u64 {
+        self.core.apic.timer_deadline().map_or(u64::MAX, |guest| {
+            guest.wrapping_sub(self.core.state.tsc_offset)
+        })
+    }
+
+    /// Tells the root the deadline; last thing before the switch to the root.
+    pub fn tell_deadline(&mut self) {
+        let deadline = self.deadline();
+        self.core.told_deadline = deadline;
+        let page = self.core.pages.get(RUN_PAGE).copied().unwrap_or(0);
+        if page != 0 {
+            shared::<VpRunPage>(page)
+                .deadline
+                .store(deadline, Ordering::Release);
+        }
+    }
+
+    /// The event that the VMM put into `PENDING_INTERRUPTION` or `PENDING_EVENT0`.
+    fn absorb_pending_interruption(&mut self) {
+        let pending = self.core.state.pending_interruption;
+        if pending & 1 != 0 && self.core.requeue.0 == 0 {
+            self.core.state.pending_interruption = 0;
+            let kind = (pending >> 1 & 7) as u32;
+            let with_error = (pending >> 4 & 1) as u32;
+            let vector = (pending >> 16 & 0xff) as u32;
+            self.core.requeue = (
+                1 << 31 | with_error << 11 | kind << 8 | vector,
+                (pending >> 32) as u32,
+            );
+            return;
+        }
+        let [low, _] = self.core.state.pending_event;
+        // Bit 0 pending, 3:1 type (0 exception), 8 error code valid, 31:16 vector, 63:32 error code.
+        if low & 0xf == 1 && self.core.requeue.0 == 0 {
+            self.core.state.pending_event = [0; 2];
+            let error = (low >> 8 & 1 != 0).then_some((low >> 32) as u32);
+            self.core.requeue = H::exception((low >> 16) as u8, error);
+        }
+    }
+
+    /// INIT: the registers of a reset but for what INIT leaves alone, and wait for a start-up IPI.
+    fn init(&mut self) {
+        self.core.apic.take_init();
+        self.pull();
+        let old = self.core.state;
+        let mut new = VpState {
+            // What INIT leaves alone (SDM table 11-1), and what is not the processor's.
+            cr0: 0x10 | old.cr0 & 0x6000_0000,
+            tsc_offset: old.tsc_offset,
+            tsc_aux: old.tsc_aux,
+            tsc_adjust: old.tsc_adjust,
+            mtrr_def_type: old.mtrr_def_type,
+            mtrr_fixed: old.mtrr_fixed,
+            mtrr_variable: old.mtrr_variable,
+            xcr0: old.xcr0,
+            xss: old.xss,
+            pat: old.pat,
+            misc_enable: old.misc_enable,
+            star: old.star,
+            lstar: old.lstar,
+            cstar: old.cstar,
+            sfmask: old.sfmask,
+            kernel_gs_base: old.kernel_gs_base,
+            spec_ctrl: old.spec_ctrl,
+            sint: old.sint,
+            scontrol: old.scontrol,
+            siefp: old.siefp,
+            simp: old.simp,
+            vp_assist_page: old.vp_assist_page,
+            features: old.features,
+            explicit_suspend: false,
+            startup_suspend: true,
+            ..VpState::reset(self.core.apic.is_bsp())
+        };
+        new.context = old.context;
+        new.context.gprs = [0; 16];
+        if let Some(slot) = new.context.gprs.get_mut(crate::arch::gpr::RDX) {
+            *slot = emulate::signature(self).into();
+        }
+        self.core.state = new;
+        self.core.requeue = (0, 0);
+        self.vp.posted.publish(self.core.apic.addressing());
+        self.changed();
+    }
+
+    /// Start-up IPI.
+    fn start(&mut self, vector: u8) {
+        self.pull();
+        let state = &mut self.core.state;
+        state.startup_suspend = false;
+        state.rip = 0;
+        let code = &mut state.segments[crate::vp_state::segment::CS];
+        code.selector = u16::from(vector) << 8;
+        code.base = u64::from(vector) << 12;
+        code.limit = 0xffff;
+        self.changed();
+    }
+
+    /// What the VMM wrote into the register page since the last exit.
+    pub fn absorb_register_page(&mut self) {
+        let [page, ..] = self.core.pages;
+        if page == 0 {
+            return;
+        }
+        let copy: RegisterPage = shared_read(page);
+        if copy.dirty == 0 {
+            return;
+        }
+        self.pull();
+        register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
+        self.changed();
+        let clean = RegisterPage { dirty: 0, ..copy };
+        shared_write(page, clean);
+    }
+
+    /// Shows the registers to the VMM.
+    pub fn fill_register_page(&mut self) {
+        let [page, ..] = self.core.pages;
+        if page != 0 {
+            self.pull();
+            let filled = register_page::fill(
+                &self.core.state,
+                self.core.apic.cr8(),
+                page_bytes(self.core.xsave),
+            );
+            shared_write(page, filled);
+        }
+    }
+}
+
+/// Leaves an interrupt for a VP that this CPU does not own. True if its thread has to be told.
+pub fn post(vp: &Vp, interrupt: Interrupt) -> bool {
+    if !vp.posted.post(interrupt) {
+        return false;
+    }
+    let page = vp.run_page.load(Ordering::Acquire);
+    if page != 0 {
+        shared::<VpRunPage>(page).signal.store(1, Ordering::Release);
+    }
+    true
+}
+
+const _: () = assert!(state_page::REGISTERS == 0 && state_page::INTERCEPT_MESSAGE == 1);

@@ -1,0 +1,545 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Where a child's instructions, and the root's calls about its registers, meet the pure models.
+
+use hv_abi::boot::BootInfo;
+use hv_abi::hypercall::{result, Control};
+use hv_abi::partition::{creation, CreatePartition, RegisterInterceptResult};
+use hv_abi::status::HvStatus;
+use hv_x86::regs::cr4;
+
+use crate::apic::{
+    ApicConfig, InterruptControllerState, LocalApic, TimerClock, WriteEffect, STATE_SIZE,
+};
+use crate::arch::memory::{read_physical, write_physical, Window};
+use crate::arch::object::{
+    overrides, overrides_mut, page_bytes, scratch, shared_read, shared_write,
+};
+use crate::arch::switch::{rdtsc, CHILD_XCR0};
+use crate::arch::{cpu, gpr, ChildHardware};
+use crate::child::{exception, Run};
+use crate::child_cpuid::{self, CpuidResult, Features, Guest};
+use crate::child_msr::{self, Local};
+use crate::partition::{new_core, Partition};
+use crate::register_page::{self, RegisterPage};
+use crate::registers::{self, Registers, SetGroup};
+use crate::translate;
+use crate::vp::{Vp, VpCore};
+use crate::vp_state::{segment, Effect, HostFacts, PartitionState, VpState};
+use crate::xsave::{self, Component};
+
+/// Frequency of the local APIC timer, as on Hyper-V: 200 MHz.
+const APIC_HZ: u64 = 200_000_000;
+
+/// Components of extended state that children of this machine may have.
+pub fn child_xcr0(info: &BootInfo) -> u64 {
+    info.root_xcr0 & CHILD_XCR0
+}
+
+fn component(bit: u32) -> Component {
+    let [size, offset, flags, _] = cpu::cpuid(0xd, bit);
+    Component {
+        offset: offset as usize,
+        size: size as usize,
+        aligned: flags & 2 != 0,
+    }
+}
+
+fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
+    cpu::cpuid(leaf, subleaf)
+}
+
+fn facts(info: &BootInfo) -> HostFacts {
+    const ARCH_CAPABILITIES: u32 = 0x10a;
+    let [max, ..] = host(0, 0);
+    let has = max >= 7 && {
+        let [.., edx] = host(7, 0);
+        edx >> 29 & 1 != 0
+    };
+    HostFacts {
+        vendor: info.vendor,
+        tsc_hz: info.tsc_hz,
+        xcr0: child_xcr0(info),
+        arch_capabilities: if has {
+            cpu::rdmsr(ARCH_CAPABILITIES)
+        } else {
+            0
+        },
+    }
+}
+
+/// State of a new partition.
+pub fn new_partition_state(info: &BootInfo, input: &CreatePartition) -> PartitionState {
+    let [bank0, bank1] = input.disabled_processor_features;
+    PartitionState {
+        creation_flags: input.flags,
+        disabled: [bank0, bank1, input.disabled_xsave_features],
+        ..PartitionState::new(facts(info), rdtsc())
+    }
+}
+
+/// A new VP. Guest time starts with the partition, the same for all VPs.
+pub fn new_vp(info: &BootInfo, partition: &PartitionState, index: u32) -> VpCore {
+    // The loader refuses a TSC that does not count.
+    let clock = TimerClock::new(info.tsc_hz, APIC_HZ).unwrap_or(TimerClock::SAME);
+    let config = ApicConfig {
+        x2apic: partition.creation_flags & creation::X2APIC_CAPABLE != 0,
+        tsc_deadline: true,
+        physical_address_bits: info.physical_bits as u8,
+        clock,
+    };
+    let mut state = VpState::reset(index == 0);
+    state.tsc_offset = partition.reference_base.wrapping_neg();
+    new_core(state, LocalApic::new(config, index, index == 0))
+}
+
+/// Puts a new VP's extended state into its initial configuration.
+pub fn reset_xsave(page: u64) {
+    xsave::reset(page_bytes(page));
+}
+
+/// CPUID.1:EAX of the machine: RDX of a started processor.
+pub fn signature<H: ChildHardware>(_: &Run<'_, H>) -> u32 {
+    let [eax, ..] = cpu::cpuid(1, 0);
+    eax
+}
+
+/// Reads guest physical memory of a partition; `None` where nothing is mapped.
+fn read_guest(
+    info: &BootInfo,
+    cpu: u32,
+    partition: &Partition,
+    gpa: u64,
+    to: &mut [u8],
+) -> Option<()> {
+    let spa = partition.translate(info, gpa, false)?;
+    read_physical(cpu, Window::Guest, spa, to);
+    Some(())
+}
+
+/// The bytes at the VP's instruction pointer and their number.
+pub fn instruction_bytes<H: ChildHardware>(run: &mut Run<'_, H>) -> ([u8; 16], u8) {
+    let (info, cpu, partition) = (run.info, run.cpu, run.partition());
+    let state = *run.pull();
+    let mut bytes = [0; 16];
+    let count = translate::fetch_instruction(&state, &mut bytes, |gpa, to| {
+        read_guest(info, cpu, partition, gpa, to)
+    });
+    (bytes, count)
+}
+
+/// HvCallTranslateVirtualAddress: result code and page number.
+pub fn translate(
+    info: &BootInfo,
+    cpu: u32,
+    partition: &Partition,
+    state: &VpState,
+    gva_page: u64,
+    flags: u64,
+) -> (u32, u64) {
+    translate::gva_page(state, gva_page, flags, |gpa, to| {
+        read_guest(info, cpu, partition, gpa, to)
+    })
+}
+
+/// CPUID of a child.
+pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
+    let gprs = &run.core.state.context.gprs;
+    let (leaf, subleaf) = (gprs[gpr::RAX] as u32, gprs[gpr::RCX] as u32);
+    run.peek();
+    let partition = run.partition();
+    let inner = partition.inner.lock();
+    let core = &*run.core;
+    let guest = Guest::of(
+        &core.state,
+        &core.apic,
+        &inner.state,
+        Some(overrides(core.overrides)),
+    );
+    let [a, b, c, d] = child_cpuid::cpuid(leaf, subleaf, &host, &guest);
+    drop(inner);
+    run.skip();
+    let gprs = &mut run.core.state.context.gprs;
+    gprs[gpr::RBX] = b.into();
+    gprs[gpr::RCX] = c.into();
+    gprs[gpr::RDX] = d.into();
+    run.hardware.rax(run.core, a.into());
+}
+
+/// RDMSR of a child.
+pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) {
+    let number = run.core.state.context.gprs[gpr::RCX] as u32;
+    msr_state(run, number);
+    let partition = run.partition();
+    let index = run.vp.index;
+    let inner = partition.inner.lock();
+    let on = Local {
+        vp: &mut run.core.state,
+        apic: &mut run.core.apic,
+        partition: &inner.state,
+        vp_index: index,
+        host_tsc: rdtsc(),
+    };
+    let value = child_msr::read(number, &on);
+    drop(inner);
+    match value {
+        Ok(value) => {
+            run.skip();
+            run.core.state.context.gprs[gpr::RDX] = value >> 32;
+            run.hardware.rax(run.core, value & 0xffff_ffff);
+        }
+        Err(_) => run.general_protection(),
+    }
+}
+
+/// Brings out what an access to the MSR needs: nothing but the mode for those that only the hypervisor keeps.
+fn msr_state<H: ChildHardware>(run: &mut Run<'_, H>, number: u32) {
+    match number {
+        0x800..=0x8ff | 0x6e0 | 0x4000_0000..=0x4000_01ff => {
+            run.peek();
+        }
+        _ => {
+            run.pull();
+        }
+    }
+}
+
+/// WRMSR of a child. Returns what the local APIC asks for.
+pub fn write_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> WriteEffect {
+    let gprs = &run.core.state.context.gprs;
+    let number = gprs[gpr::RCX] as u32;
+    let value = gprs[gpr::RDX] << 32 | gprs[gpr::RAX] & 0xffff_ffff;
+    msr_state(run, number);
+    let partition = run.partition();
+    let index = run.vp.index;
+    let mut inner = partition.inner.lock();
+    let mut on = Local {
+        vp: &mut run.core.state,
+        apic: &mut run.core.apic,
+        partition: &inner.state,
+        vp_index: index,
+        host_tsc: rdtsc(),
+    };
+    let mut outcome = child_msr::write(number, value, &mut on);
+    if outcome == Ok(Effect::Partition) {
+        outcome =
+            child_msr::write_partition(number, value, &mut inner.state, &run.core.state.features);
+    }
+    drop(inner);
+    let Ok(effect) = outcome else {
+        run.general_protection();
+        return WriteEffect::None;
+    };
+    if !run.core.in_hardware {
+        run.changed();
+    }
+    run.skip();
+    effect_of_msr(run, effect)
+}
+
+fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> WriteEffect {
+    let (info, number, partition) = (run.info, run.cpu, run.partition());
+    match effect {
+        Effect::Apic(effect) => return effect,
+        Effect::TscOffset => {
+            run.pull();
+            run.changed();
+        }
+        Effect::HypercallPage(Some(gpa)) => {
+            let page = scratch(number);
+            child_msr::fill_hypercall_page(page, info.vendor);
+            write_guest(info, number, partition, gpa, page);
+        }
+        Effect::ReferenceTscPage(Some(_)) | Effect::ReferenceTime => {
+            write_reference_page(info, number, partition, run.core.state.tsc_offset);
+        }
+        Effect::PredictionCommand(value) => {
+            // SAFETY: the model checked the value against the processor's features; it only drops predictions.
+            unsafe { cpu::wrmsr(0x49, value) };
+        }
+        Effect::FlushL1d => cpu::wbinvd(),
+        Effect::Crash => {
+            let crash = partition.inner.lock().state.crash;
+            crate::log!(
+                "partition {:#x}: the guest reports a crash {crash:x?}",
+                partition.id
+            );
+        }
+        Effect::Reset => run.core.shut_down = true,
+        Effect::HypercallPage(None)
+        | Effect::ReferenceTscPage(None)
+        | Effect::VpAssistPage(_)
+        | Effect::AccessTracking(_)
+        | Effect::Partition
+        | Effect::None => {}
+    }
+    WriteEffect::None
+}
+
+/// Writes guest memory that is mapped and writable; what is not mapped is left alone.
+fn write_guest(info: &BootInfo, cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) {
+    if let Some(spa) = partition.translate(info, gpa, true) {
+        write_physical(cpu, Window::Guest, spa, from);
+    }
+}
+
+fn write_reference_page(info: &BootInfo, cpu: u32, partition: &Partition, tsc_offset: u64) {
+    let mut inner = partition.inner.lock();
+    let msr = inner.state.reference_tsc;
+    let page = child_msr::reference_tsc_page(&mut inner.state, tsc_offset);
+    drop(inner);
+    if msr & 1 == 0 {
+        return;
+    }
+    let bytes = scratch(cpu);
+    bytes.fill(0);
+    let words = [u64::from(page.sequence), page.scale, page.offset as u64];
+    for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
+        slot.copy_from_slice(&word.to_le_bytes());
+    }
+    write_guest(info, cpu, partition, msr & !0xfff, bytes);
+}
+
+/// A hypercall of the guest. None is offered yet beyond the hint that a lock is waited for.
+pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) {
+    const NOTIFY_LONG_SPIN_WAIT: u16 = 8;
+    let os_id = run.partition().inner.lock().state.guest_os_id;
+    let state = run.peek();
+    let privileged = state.segments[segment::SS].rights >> 5 & 3 == 0 && state.cr0 & 1 != 0;
+    if !privileged || os_id == 0 {
+        return run.raise(exception::UNDEFINED, None);
+    }
+    let control = Control(state.context.gprs[gpr::RCX]);
+    let status = match control.code() {
+        NOTIFY_LONG_SPIN_WAIT => HvStatus::SUCCESS,
+        _ => HvStatus::INVALID_HYPERCALL_CODE,
+    };
+    run.skip();
+    run.hardware.rax(run.core, result(status, 0));
+}
+
+/// XSETBV of a child.
+pub fn xsetbv<H: ChildHardware>(run: &mut Run<'_, H>) {
+    let state = run.peek();
+    let gprs = &state.context.gprs;
+    let (index, value) = (
+        gprs[gpr::RCX] as u32,
+        gprs[gpr::RDX] << 32 | gprs[gpr::RAX] & 0xffff_ffff,
+    );
+    let privileged = state.segments[segment::SS].rights >> 5 & 3 == 0;
+    let valid = child_msr::validate_xcr0(value, &state.features);
+    if index != 0 || !privileged || state.cr4 & cr4::OSXSAVE == 0 || valid.is_err() {
+        return run.general_protection();
+    }
+    // The world switch loads it; the child runs on this CPU now, so it also goes there at once.
+    run.core.state.xcr0 = value;
+    cpu::xsetbv(value);
+    run.skip();
+}
+
+/// The registers of a VP as the root's calls see them.
+pub struct View<'a> {
+    info: &'a BootInfo,
+    vp: &'a Vp,
+    core: &'a mut VpCore,
+    partition: &'a mut PartitionState,
+}
+
+impl<'a> View<'a> {
+    /// The view of a VP that the caller owns and whose registers are in `core.state`.
+    pub fn new(
+        info: &'a BootInfo,
+        vp: &'a Vp,
+        core: &'a mut VpCore,
+        partition: &'a mut PartitionState,
+    ) -> Self {
+        Self {
+            info,
+            vp,
+            core,
+            partition,
+        }
+    }
+
+    fn now(&self) -> u64 {
+        rdtsc().wrapping_add(self.core.state.tsc_offset)
+    }
+
+    /// What the VMM wrote into the register page.
+    pub fn absorb_register_page(&mut self) {
+        let [page, ..] = self.core.pages;
+        if page == 0 {
+            return;
+        }
+        let copy: RegisterPage = shared_read(page);
+        if copy.dirty != 0 {
+            register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
+            self.core.dirty = true;
+            shared_write(page, RegisterPage { dirty: 0, ..copy });
+        }
+    }
+
+    /// After a change: the next entry loads it, the register page shows it, others address the APIC by it.
+    pub fn publish(&mut self) {
+        self.core.dirty = true;
+        self.vp.posted.publish(self.core.apic.addressing());
+        let [page, ..] = self.core.pages;
+        if page != 0 {
+            let filled = register_page::fill(
+                &self.core.state,
+                self.core.apic.cr8(),
+                page_bytes(self.core.xsave),
+            );
+            shared_write(page, filled);
+        }
+    }
+
+    /// CPUID as the guest would see it now.
+    pub fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let core = &*self.core;
+        let guest = Guest::of(
+            &core.state,
+            &core.apic,
+            self.partition,
+            Some(overrides(core.overrides)),
+        );
+        child_cpuid::cpuid(leaf, subleaf, &host, &guest)
+    }
+
+    fn registers(&mut self) -> Registers<'_> {
+        Registers {
+            vp: &mut self.core.state,
+            apic: &mut self.core.apic,
+            partition: self.partition,
+            xsave: page_bytes(self.core.xsave),
+            vp_index: self.vp.index,
+            host_tsc: rdtsc(),
+        }
+    }
+
+    /// A register by its TLFS name.
+    pub fn get(&mut self, name: u32) -> Result<[u64; 2], HvStatus> {
+        self.vp.posted.drain_into(&mut self.core.apic);
+        self.registers().get(name)
+    }
+
+    /// Sets a register by its TLFS name. Returns what is left to do.
+    pub fn set(&mut self, name: u32, value: [u64; 2]) -> Result<Effect, HvStatus> {
+        self.registers().set(name, value)
+    }
+
+    /// After a group of registers was set: a VMM that resets a VP by its registers alone.
+    pub fn end_group(&mut self, group: &SetGroup) {
+        if group.is_reset(&self.core.state) {
+            registers::reset(&mut self.core.state, &mut self.core.apic);
+            self.core.shut_down = false;
+        }
+    }
+
+    /// Takes the features anew from CPUID: after creation and after each registered result.
+    pub fn update_features(&mut self) {
+        self.core.state.features =
+            Features::of(&host, self.partition, overrides(self.core.overrides));
+    }
+
+    /// HvCallRegisterInterceptResult for CPUID.
+    pub fn register_cpuid(&mut self, input: &RegisterInterceptResult) -> Result<(), HvStatus> {
+        let new = CpuidResult {
+            leaf: input.eax,
+            subleaf: input.ecx,
+            subleaf_specific: input.subleaf_specific != 0,
+            result: input.result,
+        };
+        overrides_mut(self.core.overrides).register(&new, &host, self.partition)?;
+        self.update_features();
+        Ok(())
+    }
+
+    /// The local APIC state page.
+    pub fn get_lapic(&mut self, cpu: u32, page: u64) -> Result<(), HvStatus> {
+        self.vp.posted.drain_into(&mut self.core.apic);
+        let now = self.now();
+        let bytes = scratch(cpu);
+        bytes.fill(0);
+        if let Some(slot) = bytes.get_mut(..STATE_SIZE) {
+            slot.copy_from_slice(&self.core.apic.export(now).to_bytes());
+        }
+        write_physical(cpu, Window::Output, page, bytes);
+        Ok(())
+    }
+
+    /// Loads it.
+    pub fn set_lapic(&mut self, cpu: u32, page: u64) -> Result<(), HvStatus> {
+        let mut bytes = [0; STATE_SIZE];
+        read_physical(cpu, Window::Output, page, &mut bytes);
+        let now = self.now();
+        self.core
+            .apic
+            .import(&InterruptControllerState::from_bytes(&bytes), now)
+            .map_err(|_| HvStatus::INVALID_PARAMETER)
+    }
+
+    /// The extended state, compacted.
+    pub fn get_xsave(&mut self, cpu: u32, page: u64) -> Result<(), HvStatus> {
+        let area = scratch(cpu);
+        xsave::compact(
+            page_bytes(self.core.xsave),
+            area,
+            self.core.state.xcr0,
+            component,
+        )?;
+        write_physical(cpu, Window::Output, page, area);
+        Ok(())
+    }
+
+    /// Loads it.
+    pub fn set_xsave(&mut self, cpu: u32, page: u64) -> Result<(), HvStatus> {
+        let bytes = scratch(cpu);
+        read_physical(cpu, Window::Output, page, bytes);
+        xsave::expand(
+            bytes,
+            page_bytes(self.core.xsave),
+            child_xcr0(self.info),
+            component,
+        )
+    }
+
+    /// A page of the SynIC, which is off: zeros.
+    pub fn get_zero_page(&mut self, cpu: u32, page: u64) -> Result<(), HvStatus> {
+        write_physical(cpu, Window::Output, page, &[0; 4096]);
+        Ok(())
+    }
+}
+
+/// GET_PARTITION_PROPERTY of the root: what the processor has.
+pub fn host_property(info: &BootInfo, code: u32) -> Result<u64, HvStatus> {
+    child_cpuid::host_property(code, &host, facts(info), rdtsc())
+}
+
+/// GET_PARTITION_PROPERTY of a child.
+pub fn partition_property(state: &PartitionState, code: u32) -> Result<u64, HvStatus> {
+    child_cpuid::get_property(code, &host, state, rdtsc())
+}
+
+/// SET_PARTITION_PROPERTY.
+pub fn set_property(
+    info: &BootInfo,
+    cpu: u32,
+    partition: &Partition,
+    code: u32,
+    value: u64,
+) -> Result<(), HvStatus> {
+    let mut inner = partition.inner.lock();
+    let initialized = inner.phase != crate::partition::Phase::Created;
+    let effect = child_cpuid::set_property(code, value, initialized, &mut inner.state, rdtsc())?;
+    let offset = inner.state.reference_base.wrapping_neg();
+    drop(inner);
+    if effect == Effect::ReferenceTime {
+        write_reference_page(info, cpu, partition, offset);
+    }
+    Ok(())
+}
+
+/// GET_PARTITION_PROPERTY_EX.
+pub fn property_ex(code: u32) -> Result<([u64; 2], usize), HvStatus> {
+    child_cpuid::property_ex(code)
+}

@@ -1,0 +1,828 @@
+// SPDX-License-Identifier: GPL-2.0
+//! RDMSR and WRMSR of a child, its control registers, and its time.
+//!
+//! Reading needs the partition's state, writing mostly only the VP's: a write that is for the partition comes
+//! back as [`Effect::Partition`], to be done by [`write_partition`] under the partition's lock.
+//!
+//! The MSRs that CPUID does not announce and that Linux 6.1 to 7.3 reads at boot all the same have harmless
+//! values here. Every other MSR is unknown: #GP, or with the property UNIMPLEMENTED_MSR_ACTION = 1 a read of
+//! zero and a write without effect.
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+
+use hv_abi::boot::Vendor;
+use hv_x86::regs::{cr0, cr4, efer, msr};
+
+use crate::apic::{
+    ApicFault, LocalApic, TimerClock, WriteEffect, X2APIC_MSR_FIRST, X2APIC_MSR_LAST,
+};
+use crate::child_cpuid::{is_long, privilege, privileges, synthetic, Features};
+use crate::vp_state::{segment, Effect, PartitionState, VpState};
+
+/// The access raises #GP(0) in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GeneralProtection;
+
+impl From<ApicFault> for GeneralProtection {
+    fn from(_: ApicFault) -> Self {
+        Self
+    }
+}
+
+type Outcome<T> = Result<T, GeneralProtection>;
+
+/// HV_X64_MSR_*.
+#[allow(missing_docs)] // The names are TLFS'.
+pub mod hv {
+    pub const GUEST_OS_ID: u32 = 0x4000_0000;
+    pub const HYPERCALL: u32 = 0x4000_0001;
+    pub const VP_INDEX: u32 = 0x4000_0002;
+    pub const RESET: u32 = 0x4000_0003;
+    pub const TIME_REF_COUNT: u32 = 0x4000_0020;
+    pub const REFERENCE_TSC: u32 = 0x4000_0021;
+    pub const TSC_FREQUENCY: u32 = 0x4000_0022;
+    pub const APIC_FREQUENCY: u32 = 0x4000_0023;
+    pub const EOI: u32 = 0x4000_0070;
+    pub const ICR: u32 = 0x4000_0071;
+    pub const TPR: u32 = 0x4000_0072;
+    pub const VP_ASSIST_PAGE: u32 = 0x4000_0073;
+    pub const CRASH_P0: u32 = 0x4000_0100;
+    pub const CRASH_CTL: u32 = 0x4000_0105;
+    pub const TSC_INVARIANT_CONTROL: u32 = 0x4000_0118;
+}
+
+/// Architectural MSRs that `hv_x86` does not name.
+mod ia32 {
+    pub const TSC: u32 = 0x10;
+    pub const TSC_ADJUST: u32 = 0x3b;
+    pub const SPEC_CTRL: u32 = 0x48;
+    pub const PRED_CMD: u32 = 0x49;
+    pub const BIOS_SIGN_ID: u32 = 0x8b;
+    pub const ARCH_CAPABILITIES: u32 = 0x10a;
+    pub const FLUSH_CMD: u32 = 0x10b;
+    pub const MISC_ENABLE: u32 = 0x1a0;
+    pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const XSS: u32 = 0xda0;
+    pub const STAR: u32 = 0xc000_0081;
+    pub const LSTAR: u32 = 0xc000_0082;
+    pub const CSTAR: u32 = 0xc000_0083;
+    pub const SFMASK: u32 = 0xc000_0084;
+    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub const TSC_AUX: u32 = 0xc000_0103;
+}
+
+/// Bit 0 of HV_X64_MSR_HYPERCALL, REFERENCE_TSC and VP_ASSIST_PAGE.
+const PAGE_ENABLE: u64 = 1;
+/// HV_X64_MSR_HYPERCALL: the register cannot be changed until reset (TLFS 3.13).
+const HYPERCALL_LOCKED: u64 = 1 << 1;
+/// HV_X64_MSR_CRASH_CTL: the guest crashed; there is a message at the GPA in P3 of length P4.
+const CRASH_NOTIFY: u64 = 1 << 63;
+const CRASH_NOTIFY_MESSAGE: u64 = 1 << 62;
+/// IA32_MISC_ENABLE: no branch trace store, no PEBS; read-only.
+const MISC_ENABLE_READ_ONLY: u64 = (1 << 11) | (1 << 12);
+/// IA32_MISC_ENABLE: what software may set, without effect: fast strings, thermal control, EIST, MWAIT, CPUID
+/// limit, xTPR, execute disable.
+const MISC_ENABLE_BITS: u64 = 0x44_00c5_0089;
+/// IA32_DEBUGCTL: single step on branches. Last-branch recording (bit 0) is accepted and does nothing.
+const DEBUGCTL_BTF: u64 = 1 << 1;
+const DEBUGCTL_LBR: u64 = 1 << 0;
+/// IA32_MTRRCAP: eight variable ranges, fixed ranges, write combining.
+pub const MTRR_CAP: u64 = 8 | (1 << 8) | (1 << 10);
+/// Offset bits of a page.
+const PAGE: u64 = 0xfff;
+
+/// Registers that an MSR access of a VP can reach.
+pub struct Local<'a> {
+    /// Registers of the VP. `tsc_offset`, APIC, EFER, PAT, the MTRRs and what is not in a VMCS or VMCB are all
+    /// that most accesses need; the segment bases and the SYSENTER registers have to be current too.
+    pub vp: &'a mut VpState,
+    /// Its local APIC.
+    pub apic: &'a mut LocalApic,
+    /// Its partition.
+    pub partition: &'a PartitionState,
+    /// Its index.
+    pub vp_index: u32,
+    /// Host TSC.
+    pub host_tsc: u64,
+}
+
+impl Local<'_> {
+    /// The guest's TSC.
+    fn now(&self) -> u64 {
+        self.host_tsc.wrapping_add(self.vp.tsc_offset)
+    }
+
+    fn has(&self, needed: u32) -> bool {
+        let features = self.partition.synthetic_features;
+        privileges(features, self.vp.features.invariant_tsc) & needed != 0
+    }
+
+    fn segment_base(&mut self, index: usize) -> Option<&mut u64> {
+        self.vp
+            .segments
+            .get_mut(index)
+            .map(|segment| &mut segment.base)
+    }
+}
+
+// ---- reading -------------------------------------------------------------------------------------------
+
+/// RDMSR.
+///
+/// # Errors
+///
+/// #GP.
+pub fn read(number: u32, on: &Local<'_>) -> Outcome<u64> {
+    let now = on.now();
+    let vp = &*on.vp;
+    let features = &vp.features;
+    let base = |index: usize| vp.segments.get(index).map_or(0, |segment| segment.base);
+    Ok(match number {
+        X2APIC_MSR_FIRST..=X2APIC_MSR_LAST => on.apic.msr_read(number, now)?,
+        ia32::TSC_DEADLINE => on.apic.tsc_deadline(now),
+        ia32::TSC => now,
+        ia32::TSC_ADJUST if features.tsc_adjust => vp.tsc_adjust,
+        msr::APIC_BASE => on.apic.apic_base(),
+        msr::EFER => vp.efer,
+        ia32::STAR => vp.star,
+        ia32::LSTAR => vp.lstar,
+        ia32::CSTAR => vp.cstar,
+        ia32::SFMASK => vp.sfmask,
+        msr::FS_BASE => base(segment::FS),
+        msr::GS_BASE => base(segment::GS),
+        ia32::KERNEL_GS_BASE => vp.kernel_gs_base,
+        ia32::TSC_AUX if features.tsc_aux => vp.tsc_aux,
+        msr::SYSENTER_CS => vp.sysenter_cs,
+        msr::SYSENTER_ESP => vp.sysenter_esp,
+        msr::SYSENTER_EIP => vp.sysenter_eip,
+        msr::PAT => vp.pat,
+        msr::DEBUGCTL => vp.debugctl,
+        ia32::SPEC_CTRL if features.spec_ctrl != 0 => vp.spec_ctrl,
+        ia32::ARCH_CAPABILITIES if features.arch_capabilities.is_some() => {
+            features.arch_capabilities.unwrap_or(0)
+        }
+        ia32::XSS if features.xss => vp.xss,
+        ia32::MISC_ENABLE => vp.misc_enable | MISC_ENABLE_READ_ONLY,
+        ia32::BIOS_SIGN_ID => match on.partition.host.vendor {
+            // A revision in bits 63:32; AMD's patch level.
+            Vendor::Vmx => 1 << 32,
+            Vendor::Svm => 0x0100_0065,
+        },
+        msr::MTRR_CAP => MTRR_CAP,
+        _ => match read_mtrr(number, vp) {
+            Some(value) => value,
+            None if number >> 16 == 0x4000 => read_hypervisor(number, on)?,
+            None => constant(number).map_or_else(|| unknown(on.partition), Ok)?,
+        },
+    })
+}
+
+/// An MSR that does not exist.
+fn unknown(partition: &PartitionState) -> Outcome<u64> {
+    if partition.ignore_unknown_msrs {
+        Ok(0)
+    } else {
+        Err(GeneralProtection)
+    }
+}
+
+/// Place of an MTRR in the state of a VP.
+#[derive(Clone, Copy)]
+enum Mtrr {
+    Default,
+    Fixed(usize),
+    Base(usize),
+    Mask(usize),
+}
+
+fn mtrr(number: u32) -> Option<Mtrr> {
+    if number == msr::MTRR_DEF_TYPE {
+        return Some(Mtrr::Default);
+    }
+    if let Some(index) = msr::MTRR_FIXED.iter().position(|fixed| *fixed == number) {
+        return Some(Mtrr::Fixed(index));
+    }
+    let index = number
+        .checked_sub(msr::MTRR_VARIABLE)
+        .filter(|index| *index < 16)?;
+    let pair = (index >> 1) as usize;
+    Some(if index & 1 == 0 {
+        Mtrr::Base(pair)
+    } else {
+        Mtrr::Mask(pair)
+    })
+}
+
+/// Value of the MTRR with that MSR number.
+pub(crate) fn read_mtrr(number: u32, vp: &VpState) -> Option<u64> {
+    let pair = |index| vp.mtrr_variable.get(index).copied();
+    match mtrr(number)? {
+        Mtrr::Default => Some(vp.mtrr_def_type),
+        Mtrr::Fixed(index) => vp.mtrr_fixed.get(index).copied(),
+        Mtrr::Base(index) => pair(index).map(|(base, _)| base),
+        Mtrr::Mask(index) => pair(index).map(|(_, mask)| mask),
+    }
+}
+
+/// The MTRR with that MSR number.
+pub(crate) fn mtrr_slot(number: u32, vp: &mut VpState) -> Option<&mut u64> {
+    match mtrr(number)? {
+        Mtrr::Default => Some(&mut vp.mtrr_def_type),
+        Mtrr::Fixed(index) => vp.mtrr_fixed.get_mut(index),
+        Mtrr::Base(index) => vp.mtrr_variable.get_mut(index).map(|(base, _)| base),
+        Mtrr::Mask(index) => vp.mtrr_variable.get_mut(index).map(|(_, mask)| mask),
+    }
+}
+
+/// MSRs with one value that no CPUID bit announces, and that software reads or writes all the same.
+const fn constant(number: u32) -> Option<u64> {
+    Some(match number {
+        // P5 machine check, platform id, power-on configuration.
+        0x0 | 0x1 | 0x17 | 0x2a => 0,
+        // Feature control: locked, nothing on.
+        msr::FEATURE_CONTROL => 1,
+        // SMI count; microcode update trigger; PERFCTR and EVNTSEL of the P6 family.
+        0x34 | 0x79 | 0xc1 | 0xc2 | 0x186 | 0x187 => 0,
+        // Platform information; last branch and exception records; BBL_CR_CTL3 says that the L2 cache is on.
+        0xce | 0x1db..=0x1de => 0,
+        0x11e => 0xbe70_2111,
+        // MISC_FEATURES_ENABLES; machine check: no banks, no status.
+        0x140 | 0x179 | 0x17a => 0,
+        // Performance status and control, power control.
+        0x198 | 0x199 | 0x1fc => 0,
+        // Energy counters.
+        0x606 | 0x611 | 0x619 | 0x639 | 0x641 => 0,
+        // TSC ratio: one.
+        0xc000_0104 => 1 << 32,
+        // EVNTSEL and PERFCTR of the K7.
+        0xc001_0000..=0xc001_0007 => 0,
+        // SYSCFG, top of memory (two), IORRs.
+        0xc001_0010 | 0xc001_0016..=0xc001_001a | 0xc001_001d => 0,
+        // HWCR: the TSC counts at the P0 frequency.
+        0xc001_0015 => 1 << 24,
+        // NB_CFG, patch loader, interrupt pending, MMIO configuration base, P-states.
+        0xc001_001f | 0xc001_0020 | 0xc001_0055 | 0xc001_0058 | 0xc001_0061..=0xc001_0063 => 0,
+        // SMM: base, address, mask.
+        0xc001_0111..=0xc001_0113 => 0,
+        // VM_CR: SVM disabled and locked. VM_HSAVE_PA.
+        msr::VM_CR => (1 << 3) | (1 << 4),
+        msr::VM_HSAVE_PA => 0,
+        // OSVW: no errata to report.
+        0xc001_0140 | 0xc001_0141 => 0,
+        // EVNTSEL and PERFCTR of family 15h.
+        0xc001_0200..=0xc001_020b => 0,
+        // LS_CFG, IC_CFG, DC_CFG, BU_CFG, BU_CFG2, EX_CFG, FP_CFG, DE_CFG2.
+        0xc001_1020..=0xc001_1023 | 0xc001_1028 | 0xc001_102a | 0xc001_102c | 0xc001_10e3 => 0,
+        // DE_CFG: LFENCE serialises.
+        0xc001_1029 => 1 << 1,
+        _ => return None,
+    })
+}
+
+/// The TLFS MSRs.
+fn read_hypervisor(number: u32, on: &Local<'_>) -> Outcome<u64> {
+    let partition = on.partition;
+    let hv1 = partition.synthetic_features & synthetic::HV1 != 0;
+    Ok(match number {
+        hv::GUEST_OS_ID if on.has(privilege::HYPERCALL) => partition.guest_os_id,
+        hv::HYPERCALL if on.has(privilege::HYPERCALL) => partition.hypercall,
+        hv::VP_INDEX if on.has(privilege::VP_INDEX) => on.vp_index.into(),
+        hv::RESET if hv1 => 0,
+        hv::TIME_REF_COUNT if on.has(privilege::TIME_REF_COUNT) => {
+            reference_time(on.host_tsc, partition)
+        }
+        hv::REFERENCE_TSC if on.has(privilege::REFERENCE_TSC) => partition.reference_tsc,
+        hv::TSC_FREQUENCY if on.has(privilege::FREQUENCIES) => partition.tsc_hz,
+        hv::APIC_FREQUENCY if on.has(privilege::FREQUENCIES) => TimerClock::HYPERV_APIC_HZ,
+        hv::EOI if on.has(privilege::APIC_MSRS) => return Err(GeneralProtection),
+        hv::ICR if on.has(privilege::APIC_MSRS) => on.apic.icr(),
+        hv::TPR if on.has(privilege::APIC_MSRS) => on.apic.tpr().into(),
+        hv::VP_ASSIST_PAGE if hv1 => on.vp.vp_assist_page,
+        hv::CRASH_CTL if hv1 => CRASH_NOTIFY | CRASH_NOTIFY_MESSAGE,
+        hv::CRASH_P0..=hv::CRASH_CTL if hv1 => {
+            let index = number.wrapping_sub(hv::CRASH_P0) as usize;
+            partition.crash.get(index).copied().unwrap_or(0)
+        }
+        hv::TSC_INVARIANT_CONTROL if on.has(privilege::TSC_INVARIANT) => {
+            partition.tsc_invariant_control
+        }
+        _ => return unknown(partition),
+    })
+}
+
+// ---- writing -------------------------------------------------------------------------------------------
+
+fn check(good: bool) -> Outcome<()> {
+    if good {
+        Ok(())
+    } else {
+        Err(GeneralProtection)
+    }
+}
+
+/// WRMSR.
+///
+/// # Errors
+///
+/// #GP; nothing is changed then.
+pub fn write(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
+    let now = on.now();
+    let features = on.vp.features;
+    let vp = &mut *on.vp;
+    match number {
+        X2APIC_MSR_FIRST..=X2APIC_MSR_LAST => {
+            return Ok(Effect::Apic(on.apic.msr_write(number, value, now)?));
+        }
+        ia32::TSC_DEADLINE => return Ok(Effect::Apic(on.apic.write_tsc_deadline(value, now)?)),
+        ia32::TSC => {
+            let step = value.wrapping_sub(now);
+            vp.tsc_adjust = vp.tsc_adjust.wrapping_add(step);
+            return Ok(move_tsc(step, on));
+        }
+        ia32::TSC_ADJUST if features.tsc_adjust => {
+            let step = value.wrapping_sub(vp.tsc_adjust);
+            vp.tsc_adjust = value;
+            return Ok(move_tsc(step, on));
+        }
+        msr::APIC_BASE => return Ok(Effect::Apic(on.apic.write_apic_base(value)?)),
+        msr::EFER => vp.efer = validate_efer(value, vp)?,
+        ia32::STAR => vp.star = value,
+        ia32::LSTAR | ia32::CSTAR | ia32::KERNEL_GS_BASE => {
+            check(features.is_canonical(value))?;
+            match number {
+                ia32::LSTAR => vp.lstar = value,
+                ia32::CSTAR => vp.cstar = value,
+                _ => vp.kernel_gs_base = value,
+            }
+        }
+        msr::SYSENTER_ESP | msr::SYSENTER_EIP => {
+            check(features.is_canonical(value))?;
+            if number == msr::SYSENTER_ESP {
+                vp.sysenter_esp = value;
+            } else {
+                vp.sysenter_eip = value;
+            }
+        }
+        msr::FS_BASE | msr::GS_BASE => {
+            check(features.is_canonical(value))?;
+            let index = if number == msr::FS_BASE {
+                segment::FS
+            } else {
+                segment::GS
+            };
+            if let Some(base) = on.segment_base(index) {
+                *base = value;
+            }
+        }
+        ia32::SFMASK => {
+            check(value >> 32 == 0)?;
+            vp.sfmask = value;
+        }
+        ia32::TSC_AUX if features.tsc_aux => {
+            check(value >> 32 == 0)?;
+            vp.tsc_aux = value;
+        }
+        msr::SYSENTER_CS => vp.sysenter_cs = value & 0xffff_ffff,
+        msr::PAT => {
+            check(is_pat(value))?;
+            vp.pat = value;
+        }
+        msr::DEBUGCTL => {
+            check(value & !(DEBUGCTL_BTF | DEBUGCTL_LBR) == 0)?;
+            vp.debugctl = value & DEBUGCTL_BTF;
+        }
+        ia32::SPEC_CTRL if features.spec_ctrl != 0 => {
+            check(value & !features.spec_ctrl == 0)?;
+            vp.spec_ctrl = value;
+        }
+        ia32::PRED_CMD if features.pred_cmd != 0 => {
+            check(value & !features.pred_cmd == 0)?;
+            if value != 0 {
+                return Ok(Effect::PredictionCommand(value));
+            }
+        }
+        ia32::FLUSH_CMD if features.flush_cmd => {
+            check(value & !1 == 0)?;
+            if value != 0 {
+                return Ok(Effect::FlushL1d);
+            }
+        }
+        ia32::ARCH_CAPABILITIES if features.arch_capabilities.is_some() => {
+            return Err(GeneralProtection);
+        }
+        // No supervisor state can be enabled.
+        ia32::XSS if features.xss => check(value == 0)?,
+        ia32::MISC_ENABLE => {
+            check(value & !(MISC_ENABLE_BITS | MISC_ENABLE_READ_ONLY) == 0)?;
+            vp.misc_enable = value & MISC_ENABLE_BITS;
+        }
+        // Zero, to have the revision loaded (SDM 11.11.7.1); other values mean nothing here.
+        ia32::BIOS_SIGN_ID => {}
+        msr::MTRR_CAP | msr::FEATURE_CONTROL => return Err(GeneralProtection),
+        _ => return write_other(number, value, on),
+    }
+    Ok(Effect::None)
+}
+
+fn write_other(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
+    let features = on.vp.features;
+    if let Some(slot) = mtrr_slot(number, on.vp) {
+        check(is_mtrr(number, value, &features))?;
+        *slot = value;
+    } else if number >> 16 == 0x4000 {
+        return write_hypervisor(number, value, on);
+    } else if constant(number).is_none() {
+        // Its write has no effect, or it has no write.
+        unknown(on.partition)?;
+    }
+    Ok(Effect::None)
+}
+
+fn write_hypervisor(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
+    let hv1 = on.partition.synthetic_features & synthetic::HV1 != 0;
+    Ok(match number {
+        hv::EOI if on.has(privilege::APIC_MSRS) => Effect::Apic(on.apic.eoi()),
+        hv::ICR if on.has(privilege::APIC_MSRS) => Effect::Apic(on.apic.write_icr(value)?),
+        hv::TPR if on.has(privilege::APIC_MSRS) => {
+            on.apic
+                .set_tpr(u8::try_from(value).map_err(|_| GeneralProtection)?);
+            Effect::Apic(WriteEffect::None)
+        }
+        hv::VP_ASSIST_PAGE if hv1 => {
+            check(on.vp.features.is_physical(value))?;
+            on.vp.vp_assist_page = value;
+            Effect::VpAssistPage(page(value))
+        }
+        hv::RESET if hv1 => {
+            check(value & !1 == 0)?;
+            if value == 0 {
+                Effect::None
+            } else {
+                Effect::Reset
+            }
+        }
+        hv::GUEST_OS_ID | hv::HYPERCALL if on.has(privilege::HYPERCALL) => Effect::Partition,
+        hv::REFERENCE_TSC if on.has(privilege::REFERENCE_TSC) => Effect::Partition,
+        hv::CRASH_P0..=hv::CRASH_CTL if hv1 => Effect::Partition,
+        hv::TSC_INVARIANT_CONTROL if on.has(privilege::TSC_INVARIANT) => Effect::Partition,
+        hv::VP_INDEX if on.has(privilege::VP_INDEX) => return Err(GeneralProtection),
+        hv::TIME_REF_COUNT if on.has(privilege::TIME_REF_COUNT) => return Err(GeneralProtection),
+        hv::TSC_FREQUENCY | hv::APIC_FREQUENCY if on.has(privilege::FREQUENCIES) => {
+            return Err(GeneralProtection);
+        }
+        _ => {
+            unknown(on.partition)?;
+            Effect::None
+        }
+    })
+}
+
+/// A write that [`write`] answered with [`Effect::Partition`].
+///
+/// # Errors
+///
+/// #GP.
+pub fn write_partition(
+    number: u32,
+    value: u64,
+    partition: &mut PartitionState,
+    features: &Features,
+) -> Outcome<Effect> {
+    Ok(match number {
+        hv::GUEST_OS_ID => {
+            partition.guest_os_id = value;
+            if value != 0 || partition.hypercall & PAGE_ENABLE == 0 {
+                return Ok(Effect::None);
+            }
+            // Who has no identity has no hypercalls (TLFS 3.13).
+            partition.hypercall &= !(PAGE_ENABLE | HYPERCALL_LOCKED);
+            Effect::HypercallPage(None)
+        }
+        hv::HYPERCALL => {
+            if partition.hypercall & HYPERCALL_LOCKED != 0 {
+                return Ok(Effect::None);
+            }
+            check(features.is_physical(value))?;
+            let enable = if partition.guest_os_id == 0 {
+                0
+            } else {
+                PAGE_ENABLE
+            };
+            partition.hypercall = value & (!PAGE_ENABLE | enable);
+            Effect::HypercallPage(page(partition.hypercall))
+        }
+        hv::REFERENCE_TSC => {
+            check(features.is_physical(value))?;
+            partition.reference_tsc = value;
+            Effect::ReferenceTscPage(page(value))
+        }
+        hv::CRASH_P0..=hv::CRASH_CTL => {
+            let index = number.wrapping_sub(hv::CRASH_P0) as usize;
+            if let Some(slot) = partition.crash.get_mut(index) {
+                *slot = value;
+            }
+            if number == hv::CRASH_CTL && value & CRASH_NOTIFY != 0 {
+                Effect::Crash
+            } else {
+                Effect::None
+            }
+        }
+        hv::TSC_INVARIANT_CONTROL => {
+            check(value & !1 == 0)?;
+            // Cannot be taken back.
+            partition.tsc_invariant_control |= value;
+            Effect::None
+        }
+        _ => return Err(GeneralProtection),
+    })
+}
+
+/// GPA of the page that HV_X64_MSR_HYPERCALL and its kind name, if they are enabled.
+pub(crate) const fn page(value: u64) -> Option<u64> {
+    if value & PAGE_ENABLE != 0 {
+        Some(value & !PAGE)
+    } else {
+        None
+    }
+}
+
+/// The guest's TSC goes forward by `step`.
+pub(crate) fn move_tsc(step: u64, on: &mut Local<'_>) -> Effect {
+    let before = on.now();
+    on.vp.tsc_offset = on.vp.tsc_offset.wrapping_add(step);
+    on.apic.tsc_changed(before, on.now());
+    Effect::TscOffset
+}
+
+/// Every byte names a memory type that PAT has: UC, WC, WT, WP, WB, UC- (SDM 13.12.2).
+#[must_use]
+pub fn is_pat(value: u64) -> bool {
+    value
+        .to_le_bytes()
+        .iter()
+        .all(|kind| matches!(kind, 0 | 1 | 4..=7))
+}
+
+/// Memory types of MTRRs (SDM table 13-8).
+const fn is_type(kind: u8) -> bool {
+    matches!(kind, 0 | 1 | 4 | 5 | 6)
+}
+
+/// Whether an MTRR takes the value (SDM 13.11.2).
+fn is_mtrr(number: u32, value: u64, features: &Features) -> bool {
+    let [first, ..] = value.to_le_bytes();
+    if number == msr::MTRR_DEF_TYPE {
+        // Enable, and enable of the fixed ranges.
+        return is_type(first) && value & !0xcff == 0;
+    }
+    if msr::MTRR_FIXED.contains(&number) {
+        return value.to_le_bytes().iter().all(|kind| is_type(*kind));
+    }
+    let reserved = if number & 1 == 0 { 0xf00 } else { 0x7ff };
+    features.is_physical(value) && value & reserved == 0 && (number & 1 != 0 || is_type(first))
+}
+
+// ---- control registers ---------------------------------------------------------------------------------
+
+/// What a write to a control register leads to. Bit 4 of CR0 (ET) is always set in `value`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ControlWrite {
+    /// The register.
+    pub value: u64,
+    /// EFER, whose LMA follows CR0.PG.
+    pub efer: u64,
+    /// PAE paging without long mode: load the four PDPTEs from CR3.
+    pub load_pdptes: bool,
+    /// Translations of linear addresses may be stale, also global ones (SDM 5.10.4.1).
+    pub flush: bool,
+}
+
+fn pae_paging(cr0_value: u64, cr4_value: u64, efer_value: u64) -> bool {
+    cr0_value & cr0::PG != 0 && cr4_value & cr4::PAE != 0 && efer_value & efer::LMA == 0
+}
+
+/// MOV to CR0 (SDM 2.5, 5.1.2, 11.8.5).
+///
+/// # Errors
+///
+/// #GP.
+pub fn validate_cr0(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
+    let value = value | cr0::ET;
+    check(value >> 32 == 0)?;
+    let has = |bit| value & bit != 0;
+    check(!has(cr0::PG) || has(cr0::PE))?;
+    check(!has(cr0::NW) || has(cr0::CD))?;
+    let changed = value ^ vp.cr0;
+    let mut new_efer = vp.efer;
+    if changed & cr0::PG != 0 {
+        if has(cr0::PG) {
+            if vp.efer & efer::LME != 0 {
+                let code = vp.segments.get(segment::CS).map_or(0, |code| code.rights);
+                check(vp.cr4 & cr4::PAE != 0 && code & (1 << 13) == 0)?;
+                new_efer |= efer::LMA;
+            }
+        } else {
+            check(vp.cr4 & cr4::PCIDE == 0 && !is_long(vp))?;
+            new_efer &= !efer::LMA;
+        }
+    }
+    let paging = cr0::PG | cr0::CD | cr0::NW;
+    Ok(ControlWrite {
+        // Reserved bits read as they were at reset, zero.
+        value: value & CR0_BITS,
+        efer: new_efer,
+        load_pdptes: pae_paging(value, vp.cr4, new_efer) && changed & paging != 0,
+        flush: changed & (cr0::PG | cr0::PE | cr0::WP) != 0,
+    })
+}
+
+/// PE, MP, EM, TS, ET, NE, WP, AM, NW, CD, PG.
+const CR0_BITS: u64 = 0x3f | (1 << 16) | (1 << 18) | (7 << 29);
+
+/// MOV to CR3. Bit 63 asks to keep translations and is not stored (SDM 5.10.4.1).
+///
+/// # Errors
+///
+/// #GP.
+pub fn validate_cr3(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
+    let keep = vp.cr4 & cr4::PCIDE != 0 && value >> 63 != 0;
+    let value = if keep { value & !(1 << 63) } else { value };
+    let long = vp.efer & efer::LMA != 0;
+    check(!long || vp.features.is_physical(value))?;
+    Ok(ControlWrite {
+        value: if long { value } else { value & 0xffff_ffff },
+        efer: vp.efer,
+        load_pdptes: pae_paging(vp.cr0, vp.cr4, vp.efer),
+        flush: !keep,
+    })
+}
+
+/// MOV to CR4 (SDM 2.5, 5.10.1).
+///
+/// # Errors
+///
+/// #GP, also for each bit of a feature that the VP's CPUID does not have.
+pub fn validate_cr4(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
+    check(value & !vp.features.cr4 == 0)?;
+    let changed = value ^ vp.cr4;
+    if vp.efer & efer::LMA != 0 {
+        check(value & cr4::PAE != 0 && changed & cr4::LA57 == 0)?;
+    }
+    if changed & value & cr4::PCIDE != 0 {
+        check(vp.efer & efer::LMA != 0 && vp.cr3 & PAGE == 0)?;
+    }
+    let paging = cr4::PAE | cr4::PGE | cr4::SMEP | (1 << 4);
+    Ok(ControlWrite {
+        value,
+        efer: vp.efer,
+        load_pdptes: pae_paging(vp.cr0, value, vp.efer) && changed & paging != 0,
+        flush: changed & (paging | cr4::PCIDE | cr4::SMAP | cr4::PKE) != 0,
+    })
+}
+
+/// WRMSR to EFER: the new value. LMA is the processor's, not software's.
+///
+/// # Errors
+///
+/// #GP for reserved bits, and for a change of LME while paging is on (APM 3.1.7).
+pub fn validate_efer(value: u64, vp: &VpState) -> Outcome<u64> {
+    check(value & !vp.features.efer == 0)?;
+    check((value ^ vp.efer) & efer::LME == 0 || vp.cr0 & cr0::PG == 0)?;
+    Ok(value & !efer::LMA | vp.efer & efer::LMA)
+}
+
+/// XSETBV of XCR0 (SDM vol 1, 13.3). The caller has checked CPL, ECX and CR4.OSXSAVE.
+///
+/// # Errors
+///
+/// #GP.
+pub fn validate_xcr0(value: u64, features: &Features) -> Outcome<u64> {
+    const AVX512: u64 = 7 << 5;
+    check(value & 1 != 0 && value & !features.xcr0 == 0)?;
+    check(value & (1 << 2) == 0 || value & (1 << 1) != 0)?;
+    let avx512 = value & AVX512;
+    check(avx512 == 0 || avx512 == AVX512 && value & (1 << 2) != 0)?;
+    Ok(value)
+}
+
+// ---- time ----------------------------------------------------------------------------------------------
+
+/// Units of reference time in a second: 100 ns each.
+const REFERENCE_HZ: u64 = 10_000_000;
+
+/// Reference time per TSC tick as a fraction of 2^64: `(10^7 << 64) / tsc_hz`, rounded down. A TSC slower than
+/// reference time counts as just as fast.
+#[must_use]
+pub const fn reference_scale(tsc_hz: u64) -> u64 {
+    if tsc_hz <= REFERENCE_HZ {
+        return u64::MAX;
+    }
+    // Bit by bit: `u128 / u64` would need a library function.
+    let (mut rest, mut scale) = (REFERENCE_HZ as u128, 0_u64);
+    let mut bit = 0;
+    while bit < 64 {
+        rest <<= 1;
+        scale <<= 1;
+        if rest >= tsc_hz as u128 {
+            rest = rest.wrapping_sub(tsc_hz as u128);
+            scale |= 1;
+        }
+        bit = u32::wrapping_add(bit, 1);
+    }
+    scale
+}
+
+const fn scaled(ticks: u64, scale: u64) -> u64 {
+    ((ticks as u128).wrapping_mul(scale as u128) >> 64) as u64
+}
+
+/// The partition's reference time in units of 100 ns (TLFS 12.4).
+#[must_use]
+pub const fn reference_time(host_tsc: u64, partition: &PartitionState) -> u64 {
+    let now = match partition.frozen_at {
+        Some(at) => at,
+        None => host_tsc,
+    };
+    let ticks = now.wrapping_sub(partition.reference_base);
+    // The base may be a little in the future: it was taken by another CPU.
+    if ticks >> 63 != 0 {
+        0
+    } else {
+        scaled(ticks, partition.reference_scale)
+    }
+}
+
+/// Sets the reference time to `value` at this moment.
+pub fn set_reference_time(value: u64, partition: &mut PartitionState, host_tsc: u64) {
+    let seconds = value.checked_div(REFERENCE_HZ).unwrap_or(0);
+    let rest = value.checked_rem(REFERENCE_HZ).unwrap_or(0);
+    let part = rest
+        .saturating_mul(partition.tsc_hz)
+        .checked_div(REFERENCE_HZ)
+        .unwrap_or(0);
+    let mut ticks = seconds.wrapping_mul(partition.tsc_hz).wrapping_add(part);
+    // Scale and quotient were rounded down: what is read back shall be what was set.
+    for _ in 0..4 {
+        if scaled(ticks, partition.reference_scale) < value {
+            ticks = ticks.wrapping_add(1);
+        }
+    }
+    let now = partition.frozen_at.unwrap_or(host_tsc);
+    partition.reference_base = now.wrapping_sub(ticks);
+}
+
+/// Start of the reference TSC page (TLFS 12.7.2); the rest is zero. Reference time is
+/// `((tsc * scale) >> 64) + offset`, at most one unit off HV_X64_MSR_TIME_REF_COUNT.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ReferenceTscPage {
+    /// Changes with the other fields; 0: use the MSR.
+    pub sequence: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Fraction of 2^64.
+    pub scale: u64,
+    /// Units of 100 ns.
+    pub offset: i64,
+}
+
+const _: () = assert!(core::mem::size_of::<ReferenceTscPage>() == 24);
+
+/// Makes the page for VPs whose TSC is the host's plus `tsc_offset`. While time is frozen it is invalid.
+pub fn reference_tsc_page(partition: &mut PartitionState, tsc_offset: u64) -> ReferenceTscPage {
+    if partition.frozen_at.is_some() {
+        return ReferenceTscPage::default();
+    }
+    partition.reference_sequence = match partition.reference_sequence.wrapping_add(1) {
+        // Both mean "invalid", the latter in old versions.
+        0 | u32::MAX => 1,
+        next => next,
+    };
+    // The guest's TSC at time 0, perhaps before its TSC was 0.
+    let zero = partition.reference_base.wrapping_add(tsc_offset) as i64;
+    let scaled_zero = (zero as i128).wrapping_mul(partition.reference_scale as i128) >> 64;
+    ReferenceTscPage {
+        sequence: partition.reference_sequence,
+        reserved: 0,
+        scale: partition.reference_scale,
+        offset: (scaled_zero as i64).wrapping_neg(),
+    }
+}
+
+/// Fills the hypercall page: VMCALL or VMMCALL, RET, and breakpoints where nothing should run.
+pub fn fill_hypercall_page(page: &mut [u8; 4096], vendor: Vendor) {
+    page.fill(0xcc);
+    let code = match vendor {
+        Vendor::Vmx => [0x0f, 0x01, 0xc1, 0xc3],
+        Vendor::Svm => [0x0f, 0x01, 0xd9, 0xc3],
+    };
+    for (byte, instruction) in page.iter_mut().zip(code) {
+        *byte = instruction;
+    }
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The messages that a VP leaves for its VMM (`hv_message` with the payloads of `hvhdk.h`, TLFS 9.3).
+//!
+//! RIP, RFLAGS and CS are those before the instruction, so that it starts again unless the VMM moves past it.
+//! VMMs decode the instruction by the bytes in the message, and move by its length: both have to be right.
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+
+use hv_abi::partition::{access, message};
+use hv_x86::regs::{cr0, efer};
+
+use crate::arch::{gpr, IoAccess};
+use crate::registers::segment_value;
+use crate::vp_state::{segment, VpState};
+
+/// A message: 256 bytes, header and payload.
+pub type Message = [u64; 32];
+
+/// HVMSG_UNSUPPORTED_FEATURE.
+const UNSUPPORTED_FEATURE: u32 = 0x8000_0022;
+/// HVMSG_X64_HALT.
+const HALT: u32 = 0x8001_0007;
+/// `HvUnsupportedFeatureIntercept`.
+const FEATURE_INTERCEPT: u64 = 1;
+/// `HV_CACHE_TYPE_X64_WRITE_BACK` and `_UNCACHED`.
+const WRITE_BACK: u64 = 6;
+const UNCACHED: u64 = 0;
+/// Payload of a message begins there.
+const PAYLOAD: usize = 16;
+/// Size of `hv_x64_intercept_message_header`.
+const HEADER: u8 = 40;
+/// General registers that messages hold and that `gpr` does not name.
+const RSI: usize = 6;
+const RDI: usize = 7;
+const CR0_AM: u64 = 1 << 18;
+const RFLAGS_VM: u64 = 1 << 17;
+
+struct Builder(Message);
+
+impl Builder {
+    fn new(kind: u32, payload_size: u8) -> Self {
+        let mut new = Self([0; 32]);
+        if let Some(word) = new.0.first_mut() {
+            *word = u64::from(kind) | (u64::from(payload_size) << 32);
+        }
+        new
+    }
+
+    /// Puts a field of the payload at its offset in bytes. It does not cross a multiple of 8.
+    fn put(&mut self, offset: usize, value: u64) {
+        let at = offset.saturating_add(PAYLOAD);
+        if let Some(word) = self.0.get_mut(at >> 3) {
+            *word |= value << ((at & 7) << 3);
+        }
+    }
+
+    fn put_pair(&mut self, offset: usize, [low, high]: [u64; 2]) {
+        self.put(offset, low);
+        self.put(offset.saturating_add(8), high);
+    }
+
+    fn put_bytes(&mut self, offset: usize, bytes: [u8; 16]) {
+        let value = u128::from_le_bytes(bytes);
+        self.put_pair(offset, [value as u64, (value >> 64) as u64]);
+    }
+
+    /// `hv_x64_intercept_message_header`.
+    fn header(&mut self, vp_index: u32, vp: &VpState, cr8: u8, length: u8, access: u8) {
+        self.put(0, vp_index.into());
+        self.put(4, u64::from(length & 0xf) | (u64::from(cr8 & 0xf) << 4));
+        self.put(5, access.into());
+        self.put(6, execution_state(vp));
+        self.put_pair(8, segment_or_zero(vp, segment::CS));
+        self.put(24, vp.rip);
+        self.put(32, vp.rflags);
+    }
+}
+
+/// Privilege level: that of SS; 3 in virtual-8086 mode, 0 in real mode.
+#[must_use]
+pub fn cpl(vp: &VpState) -> u8 {
+    if vp.cr0 & cr0::PE == 0 {
+        0
+    } else if vp.rflags & RFLAGS_VM != 0 {
+        3
+    } else {
+        let stack = vp.segments.get(segment::SS).map_or(0, |stack| stack.rights);
+        (stack >> 5) as u8 & 3
+    }
+}
+
+/// `hv_x64_vp_execution_state`.
+fn execution_state(vp: &VpState) -> u64 {
+    let when = |on: bool, bit: u32| u64::from(on) << bit;
+    u64::from(cpl(vp))
+        | when(vp.cr0 & cr0::PE != 0, 2)
+        | when(vp.cr0 & CR0_AM != 0, 3)
+        | when(vp.efer & efer::LMA != 0, 4)
+        // A breakpoint is armed.
+        | when(vp.dr7 & 0xff != 0, 5)
+        | when(vp.pending_interruption & 1 != 0, 6)
+        | when(vp.interrupt_shadow, 12)
+}
+
+fn segment_or_zero(vp: &VpState, index: usize) -> [u64; 2] {
+    vp.segments.get(index).map_or([0; 2], segment_value)
+}
+
+fn general(vp: &VpState, index: usize) -> u64 {
+    vp.context.gprs.get(index).copied().unwrap_or(0)
+}
+
+/// An access that the second-level tables refuse: UNMAPPED_GPA, or GPA_INTERCEPT if there is memory but not
+/// this right to it. `access` is one of [`access`]; `gva` is the linear address of the access, if known.
+#[allow(clippy::too_many_arguments)]
+#[must_use]
+pub fn memory(
+    vp_index: u32,
+    vp: &VpState,
+    tpr: u8,
+    mapped: bool,
+    access: u8,
+    gva: Option<u64>,
+    gpa: u64,
+    bytes: [u8; 16],
+    count: u8,
+) -> Message {
+    let kind = if mapped {
+        message::GPA_INTERCEPT
+    } else {
+        message::UNMAPPED_GPA
+    };
+    let mut new = Builder::new(kind, 80);
+    // The length is unknown: the VMM decodes.
+    new.header(vp_index, vp, tpr >> 4, 0, access);
+    new.put(40, if mapped { WRITE_BACK } else { UNCACHED });
+    new.put(44, count.min(16).into());
+    // The GVA is valid, and it is the one that leads to the GPA.
+    new.put(45, if gva.is_some() { 3 } else { 0 });
+    new.put(46, u64::from(tpr >> 4));
+    new.put(48, gva.unwrap_or(0));
+    new.put(56, gpa);
+    new.put_bytes(64, bytes);
+    new.0
+}
+
+/// An access to a port.
+#[must_use]
+pub fn io_port(
+    vp_index: u32,
+    vp: &VpState,
+    cr8: u8,
+    io: &IoAccess,
+    bytes: [u8; 16],
+    count: u8,
+) -> Message {
+    let mut new = Builder::new(message::IO_PORT_INTERCEPT, 128);
+    let access = if io.is_in {
+        access::READ
+    } else {
+        access::WRITE
+    };
+    new.header(vp_index, vp, cr8, io.length, access);
+    new.put(40, io.port.into());
+    let info = (io.size & 7) | (u8::from(io.string) << 3) | (u8::from(io.rep) << 4);
+    new.put(42, info.into());
+    new.put(43, count.min(16).into());
+    new.put(48, general(vp, gpr::RAX));
+    new.put_bytes(56, bytes);
+    // OUTS may have a prefix: the segment that it names.
+    let source = if io.string && !io.is_in {
+        io.segment.into()
+    } else {
+        segment::DS
+    };
+    new.put_pair(72, segment_or_zero(vp, source));
+    new.put_pair(88, segment_or_zero(vp, segment::ES));
+    new.put(104, general(vp, gpr::RCX));
+    new.put(112, general(vp, RSI));
+    new.put(120, general(vp, RDI));
+    new.0
+}
+
+/// RDMSR or WRMSR, only for a VMM that installed the intercept.
+#[must_use]
+pub fn msr(vp_index: u32, vp: &VpState, cr8: u8, length: u8, write: bool) -> Message {
+    let mut new = Builder::new(message::MSR_INTERCEPT, 64);
+    let access = if write { access::WRITE } else { access::READ };
+    new.header(vp_index, vp, cr8, length, access);
+    new.put(40, general(vp, gpr::RCX) & 0xffff_ffff);
+    new.put(48, general(vp, gpr::RDX));
+    new.put(56, general(vp, gpr::RAX));
+    new.0
+}
+
+/// CPUID, only for a VMM that installed the intercept. `result` is EAX, EBX, ECX, EDX as the hypervisor would
+/// answer.
+#[must_use]
+pub fn cpuid(vp_index: u32, vp: &VpState, cr8: u8, length: u8, result: [u32; 4]) -> Message {
+    let mut new = Builder::new(message::CPUID_INTERCEPT, 104);
+    new.header(vp_index, vp, cr8, length, access::EXECUTE);
+    let [a, b, c, d] = result;
+    // The message has RBX last.
+    let order = [(gpr::RAX, a), (gpr::RCX, c), (gpr::RDX, d), (gpr::RBX, b)];
+    for ((register, value), offset) in order.into_iter().zip([40_usize, 48, 56, 64]) {
+        new.put(offset, general(vp, register));
+        new.put(offset.saturating_add(32), value.into());
+    }
+    new.0
+}
+
+/// A triple fault.
+#[must_use]
+pub fn unrecoverable_exception(vp_index: u32, vp: &VpState) -> Message {
+    header_only(message::UNRECOVERABLE_EXCEPTION, vp_index, vp)
+}
+
+/// HLT, only for a VMM that asked for it.
+#[must_use]
+pub fn halt(vp_index: u32, vp: &VpState) -> Message {
+    header_only(HALT, vp_index, vp)
+}
+
+fn header_only(kind: u32, vp_index: u32, vp: &VpState) -> Message {
+    let mut new = Builder::new(kind, HEADER);
+    new.header(vp_index, vp, 0, 0, access::EXECUTE);
+    new.0
+}
+
+/// End of a level-triggered interrupt: the VMM's I/O APIC looks for its vector.
+#[must_use]
+pub fn apic_eoi(vp_index: u32, vector: u8) -> Message {
+    let mut new = Builder::new(message::APIC_EOI, 8);
+    new.put(0, vp_index.into());
+    new.put(4, vector.into());
+    new.0
+}
+
+/// The processor refuses to run the VP with its registers.
+#[must_use]
+pub fn invalid_vp_register(vp_index: u32) -> Message {
+    let mut new = Builder::new(message::INVALID_VP_REGISTER_VALUE, 8);
+    new.put(0, vp_index.into());
+    new.0
+}
+
+/// An exit that the hypervisor does not know, with the vendor's code.
+#[must_use]
+pub fn unsupported_feature(vp_index: u32, code: u64) -> Message {
+    let mut new = Builder::new(UNSUPPORTED_FEATURE, 16);
+    new.put(0, vp_index.into());
+    new.put(4, FEATURE_INTERCEPT);
+    new.put(8, code);
+    new.0
+}

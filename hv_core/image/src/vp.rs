@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A virtual processor of a child.
+
+use core::sync::atomic::AtomicU64;
+
+use crate::apic::{LocalApic, Posted};
+use crate::arch::object::{Handle, Owned};
+use crate::partition::Partition;
+use crate::vp_state::VpState;
+
+/// What belongs to the CPU that runs the VP, or that works on its registers.
+#[repr(C)]
+pub struct VpCore {
+    /// Registers. While `in_hardware`, those that the VMCS or VMCB holds are stale here.
+    pub state: VpState,
+    /// Local APIC.
+    pub apic: LocalApic,
+    /// SPA of the XSAVE area.
+    pub xsave: u64,
+    /// SPA of the VMCS or VMCB.
+    pub control: u64,
+    /// SPAs of the pages that the root gave: registers, intercept message, run page; 0 for none.
+    pub pages: [u64; 3],
+    /// CPU on which the VP ran last.
+    pub last_cpu: u32,
+    /// The VMCS or VMCB is newer than `state`.
+    pub in_hardware: bool,
+    /// `state` has changes that the VMCS or VMCB lacks.
+    pub dirty: bool,
+    /// The control structure was set up.
+    pub prepared: bool,
+    /// Shut down by a triple fault: reports it again when it is run again.
+    pub shut_down: bool,
+    /// Generation of the partition's second-level table that the last entry saw.
+    pub seen_generation: u64,
+    /// Deadline that the root was told last, in host TSC.
+    pub told_deadline: u64,
+    /// Event to deliver at the next entry because the last exit interrupted its delivery: entry
+    /// interruption information in VMX form (SDM 26.8.3) and error code.
+    pub requeue: (u32, u32),
+    /// An interrupt or NMI window was requested at the last entry.
+    pub window_requested: bool,
+    /// VT-x: tag of its translations, unique on this machine.
+    pub vpid: u16,
+    /// The root's values of the MSRs that VT-x switches by hand, while the VP runs.
+    pub root_msrs: [u64; 8],
+    /// SPA of the results of CPUID that the VMM registered.
+    pub overrides: u64,
+}
+
+/// A VP in its page.
+#[repr(C)]
+pub struct Vp {
+    /// Owned by the CPU that runs it. At offset 0: the entry code finds registers and VP at one address.
+    pub core: Owned<VpCore>,
+    /// Interrupts from others.
+    pub posted: Posted,
+    /// Its partition.
+    pub partition: Handle<Partition>,
+    /// VP index.
+    pub index: u32,
+    /// SPA of the run page, 0 for none: read by those who signal.
+    pub run_page: AtomicU64,
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The two forms of the XSAVE area (SDM 13.4): standard, as the image keeps a child's, and compacted, as clients of
+//! the device exchange it.
+
+use hv_abi::status::HvStatus;
+
+/// Bytes of an area in either form.
+pub const BYTES: usize = 4096;
+/// Header: XSTATE_BV, then XCOMP_BV (SDM 13.4.2).
+const XSTATE_BV: usize = 512;
+const XCOMP_BV: usize = 520;
+/// First byte after header.
+const EXTENDED: usize = 576;
+/// XCOMP_BV bit 63: the area is compacted.
+const COMPACTED: u64 = 1 << 63;
+/// x87 and SSE, which live in the legacy region.
+const LEGACY: u64 = 3;
+/// MXCSR and its position.
+const MXCSR: usize = 24;
+const MXCSR_RESERVED: u32 = 0xffff_0000;
+
+/// Where the processor puts a component in the standard form: offset, size, and whether the compacted form aligns it
+/// to 64 bytes. CPUID leaf 0dh tells (EBX, EAX, ECX bit 1 of sub-leaf `n`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Component {
+    /// Offset in the standard form.
+    pub offset: usize,
+    /// Bytes.
+    pub size: usize,
+    /// Aligned to 64 bytes when compacted.
+    pub aligned: bool,
+}
+
+fn get(area: &[u8], offset: usize) -> u64 {
+    area.get(offset..offset + 8)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, u64::from_le_bytes)
+}
+
+fn put(area: &mut [u8], offset: usize, value: u64) {
+    if let Some(slot) = area.get_mut(offset..offset + 8) {
+        slot.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Calls `each` with component and compacted offset of every extended component in `mask`.
+fn walk(
+    mask: u64,
+    component: impl Fn(u32) -> Component,
+    mut each: impl FnMut(u32, Component, usize) -> Option<()>,
+) -> Result<(), HvStatus> {
+    let mut offset = EXTENDED;
+    for bit in (2..63).filter(|bit| mask >> bit & 1 != 0) {
+        let c = component(bit);
+        if c.aligned {
+            offset = offset.next_multiple_of(64);
+        }
+        let end = offset.checked_add(c.size).filter(|end| *end <= BYTES);
+        if end.is_none() || c.offset.checked_add(c.size).is_none_or(|end| end > BYTES) {
+            return Err(HvStatus::INVALID_PARAMETER);
+        }
+        each(bit, c, offset).ok_or(HvStatus::INVALID_PARAMETER)?;
+        offset += c.size;
+    }
+    Ok(())
+}
+
+/// Writes the compacted form of a standard area to `to`: the components of `mask`, those in initial state left out of
+/// XSTATE_BV.
+pub fn compact(
+    standard: &[u8; BYTES],
+    to: &mut [u8; BYTES],
+    mask: u64,
+    component: impl Fn(u32) -> Component,
+) -> Result<(), HvStatus> {
+    to.fill(0);
+    let used = get(standard, XSTATE_BV) & mask;
+    if let (Some(to), Some(from)) = (to.get_mut(..XSTATE_BV), standard.get(..XSTATE_BV)) {
+        to.copy_from_slice(from);
+    }
+    put(to, XSTATE_BV, used);
+    put(to, XCOMP_BV, COMPACTED | mask);
+    walk(mask & !LEGACY, component, |bit, c, offset| {
+        if used >> bit & 1 != 0 {
+            to.get_mut(offset..offset + c.size)?
+                .copy_from_slice(standard.get(c.offset..c.offset + c.size)?);
+        }
+        Some(())
+    })
+}
+
+/// Writes the standard form of an area that the VMM gave, in either form, to `to`. Components outside `mask`, reserved
+/// header bits and reserved MXCSR bits are refused: loading them would fault. On an error `to` is unchanged.
+pub fn expand(
+    from: &[u8; BYTES],
+    to: &mut [u8; BYTES],
+    mask: u64,
+    component: impl Fn(u32) -> Component,
+) -> Result<(), HvStatus> {
+    let used = get(from, XSTATE_BV);
+    let form = get(from, XCOMP_BV);
+    let reserved = from
+        .get(XCOMP_BV + 8..EXTENDED)
+        .is_some_and(|b| b.iter().any(|b| *b != 0));
+    let mxcsr = get(from, MXCSR) as u32;
+    if used & !mask != 0
+        || form & !(COMPACTED | mask) != 0
+        || reserved
+        || mxcsr & MXCSR_RESERVED != 0
+    {
+        return Err(HvStatus::INVALID_PARAMETER);
+    }
+    if form & COMPACTED == 0 {
+        if form != 0 {
+            return Err(HvStatus::INVALID_PARAMETER);
+        }
+        to.copy_from_slice(from);
+        return Ok(());
+    }
+    if used & !form & !LEGACY != 0 {
+        return Err(HvStatus::INVALID_PARAMETER);
+    }
+    // Nothing is written before it is known that every component fits.
+    walk(form & !COMPACTED & !LEGACY, &component, |_, _, _| Some(()))?;
+    to.fill(0);
+    if let (Some(to), Some(from)) = (to.get_mut(..XSTATE_BV), from.get(..XSTATE_BV)) {
+        to.copy_from_slice(from);
+    }
+    put(to, XSTATE_BV, used);
+    walk(form & !COMPACTED & !LEGACY, component, |bit, c, offset| {
+        if used >> bit & 1 != 0 {
+            to.get_mut(c.offset..c.offset + c.size)?
+                .copy_from_slice(from.get(offset..offset + c.size)?);
+        }
+        Some(())
+    })
+}
+
+/// Puts x87 and SSE into the state after FNINIT and a reset of MXCSR.
+pub fn reset(area: &mut [u8; BYTES]) {
+    area.fill(0);
+    put(area, 0, 0x37f);
+    put(area, MXCSR, 0xffff_0000_1f80);
+    put(area, XSTATE_BV, LEGACY);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As on processors with AVX, AVX-512 and protection keys.
+    fn component(bit: u32) -> Component {
+        let (offset, size, aligned) = match bit {
+            2 => (576, 256, false),
+            5 => (1088, 64, false),
+            6 => (1152, 512, true),
+            7 => (1664, 1024, true),
+            9 => (2688, 8, false),
+            _ => (0, 0, false),
+        };
+        Component {
+            offset,
+            size,
+            aligned,
+        }
+    }
+
+    fn filled() -> [u8; BYTES] {
+        let mut area = [0; BYTES];
+        reset(&mut area);
+        put(&mut area, XSTATE_BV, 0x2e7);
+        for bit in [2, 5, 6, 7, 9] {
+            let c = component(bit);
+            area[c.offset..c.offset + c.size].fill(bit as u8);
+        }
+        area
+    }
+
+    fn compacted(area: &[u8; BYTES], mask: u64) -> [u8; BYTES] {
+        let mut to = [0; BYTES];
+        compact(area, &mut to, mask, component).unwrap();
+        to
+    }
+
+    #[test]
+    fn compacting_and_expanding_gives_the_same_back() {
+        let area = filled();
+        let compacted = compacted(&area, 0x2e7);
+        assert_eq!(get(&compacted, XCOMP_BV), COMPACTED | 0x2e7);
+        assert_eq!(compacted[576], 2);
+        assert_eq!(compacted[576 + 256], 5);
+        let mut back = [0; BYTES];
+        expand(&compacted, &mut back, 0x2e7, component).unwrap();
+        assert_eq!(back[..2696], area[..2696]);
+    }
+
+    #[test]
+    fn component_in_initial_state_is_not_copied() {
+        let mut area = filled();
+        put(&mut area, XSTATE_BV, 3);
+        let compacted = compacted(&area, 7);
+        assert_eq!(get(&compacted, XSTATE_BV), 3);
+        assert_eq!(compacted[576], 0);
+    }
+
+    #[test]
+    fn client_that_names_no_component_is_accepted() {
+        let mut area = [0; BYTES];
+        put(&mut area, XCOMP_BV, COMPACTED);
+        assert!(expand(&area, &mut [0; BYTES], 7, component).is_ok());
+    }
+
+    #[test]
+    fn what_would_fault_when_loaded_is_refused() {
+        let good = compacted(&filled(), 7);
+        for (offset, value) in [
+            (XSTATE_BV, 1 << 17),
+            (XCOMP_BV, COMPACTED | 1 << 40),
+            (XCOMP_BV + 8, 1),
+            (MXCSR, 1 << 16),
+            (XCOMP_BV, 1),
+        ] {
+            let mut bad = good;
+            put(&mut bad, offset, value);
+            let mut to = [7; BYTES];
+            assert!(
+                expand(&bad, &mut to, 7, component).is_err(),
+                "{offset} {value:#x}"
+            );
+            assert_eq!(to, [7; BYTES]);
+        }
+    }
+}

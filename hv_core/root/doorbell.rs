@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Doorbells (ioeventfd): a write of the guest to an address or port that only signals an eventfd.
+//!
+//! They are matched when the VP leaves with the write, before the VMM sees it. What cannot be finished here (an
+//! instruction that is not a plain store, string I/O) goes to the VMM as if there were no doorbell.
+
+use kernel::prelude::*;
+
+use super::partition::Partition;
+use super::vp::{quad, word, Message, Vp, PAYLOAD};
+use crate::sys::EventFd;
+use crate::x86::store::{decode_store, Mode, Source};
+
+/// Doorbells of one partition: nobody needs more.
+const MOST: usize = 65536;
+/// HV_X64_REGISTER_RAX; the general registers follow in their order.
+const REGISTER_RAX: u32 = 0x2_0000;
+/// HV_X64_REGISTER_RIP.
+const REGISTER_RIP: u32 = 0x2_0010;
+/// RFLAGS.TF.
+const TRAP_FLAG: u64 = 1 << 8;
+
+/// What a client asks.
+pub(crate) struct DoorbellRequest {
+    /// I/O port instead of guest-physical address.
+    pub(crate) port: bool,
+    /// Where.
+    pub(crate) address: u64,
+    /// Width of the write in bytes; 0 for any.
+    pub(crate) length: u32,
+    /// The value that must be written, or any.
+    pub(crate) data: Option<u64>,
+    /// What is signalled.
+    pub(crate) event: EventFd,
+}
+
+impl DoorbellRequest {
+    fn key(&self) -> (bool, u64) {
+        (self.port, self.address)
+    }
+
+    fn collides(&self, other: &Self) -> bool {
+        self.key() == other.key()
+            && self.length == other.length
+            && (self.data.is_none() || other.data.is_none() || self.data == other.data)
+    }
+}
+
+/// Sorted by kind and address.
+pub(crate) struct Doorbells(KVVec<DoorbellRequest>);
+
+impl Doorbells {
+    /// None.
+    pub(super) fn new() -> Self {
+        Self(KVVec::new())
+    }
+
+    /// Those at one place.
+    fn at(&self, port: bool, address: u64) -> &[DoorbellRequest] {
+        let from = self.0.partition_point(|bell| bell.key() < (port, address));
+        let rest = self.0.get(from..).unwrap_or(&[]);
+        let count = rest.iter().take_while(|bell| bell.key() == (port, address)).count();
+        rest.get(..count).unwrap_or(&[])
+    }
+
+    fn add(&mut self, bell: DoorbellRequest) -> Result {
+        if self.at(bell.port, bell.address).iter().any(|other| other.collides(&bell)) {
+            return Err(EEXIST);
+        }
+        if self.0.len() >= MOST {
+            return Err(ENOSPC);
+        }
+        self.0.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        let index = self.0.partition_point(|other| other.key() < bell.key());
+        self.0.insert_within_capacity(index, bell).map_err(|_| ENOMEM)
+    }
+
+    /// Clients do not repeat length and data: without data in the request, place and event decide.
+    fn remove(&mut self, like: &DoorbellRequest) -> Result {
+        let index = self.0.iter().position(|bell| {
+            bell.key() == like.key()
+                && bell.event == like.event
+                && (like.data.is_none() || (bell.data == like.data && bell.length == like.length))
+        });
+        self.0.remove(index.ok_or(ENOENT)?).map(drop).map_err(|_| ENOENT)
+    }
+}
+
+impl Partition {
+    /// Adds a doorbell; `EEXIST` if it collides with one.
+    pub(crate) fn add_doorbell(&self, bell: DoorbellRequest) -> Result {
+        self.doorbells.lock().add(bell)
+    }
+
+    /// Removes a doorbell; `ENOENT` if there is none like it.
+    pub(crate) fn remove_doorbell(&self, like: &DoorbellRequest) -> Result {
+        self.doorbells.lock().remove(like)
+    }
+
+    /// A VP wrote to guest-physical memory that is not there. True if that was a doorbell and it has been rung.
+    pub(super) fn ring_memory_doorbell(&self, vp: &Vp, message: &Message) -> Result<bool> {
+        let bells = self.doorbells.lock();
+        let bells = bells.at(false, quad(message, PAYLOAD + 56));
+        if bells.is_empty() || quad(message, PAYLOAD + 32) & TRAP_FLAG != 0 {
+            return Ok(false);
+        }
+        let count = usize::from(message[PAYLOAD + 44]).min(16);
+        let bytes = message.get(PAYLOAD + 64..PAYLOAD + 64 + count).unwrap_or(&[]);
+        let Some(store) = decode_store(bytes, mode(message)) else { return Ok(false) };
+        let Some(bell) = pick(bells, u32::from(store.size), || {
+            let register = match store.source {
+                Source::Register(number, _) => {
+                    vp.register(self, REGISTER_RAX + u32::from(number))?
+                }
+                Source::Immediate(_) => 0,
+            };
+            Ok(store.value(register))
+        })?
+        else {
+            return Ok(false);
+        };
+        bell.event.signal();
+        self.step_over(vp, message, u64::from(store.length))?;
+        Ok(true)
+    }
+
+    /// A VP did port I/O. True if that was a doorbell and it has been rung.
+    pub(super) fn ring_port_doorbell(&self, vp: &Vp, message: &Message) -> Result<bool> {
+        let bells = self.doorbells.lock();
+        let bells = bells.at(true, u64::from(word(message, PAYLOAD + 40) as u16));
+        let (length, kind) = (message[PAYLOAD + 4] & 0xf, message[PAYLOAD + 5]);
+        let info = message[PAYLOAD + 42];
+        let plain_write = kind == crate::abi::partition::access::WRITE && info & 0x18 == 0;
+        if bells.is_empty() || !plain_write || length == 0 {
+            return Ok(false);
+        }
+        let size = u32::from(info & 7);
+        let mask = if size >= 4 { 0xffff_ffff } else { (1u64 << (size * 8)) - 1 };
+        let Some(bell) = pick(bells, size, || Ok(quad(message, PAYLOAD + 48) & mask))? else {
+            return Ok(false);
+        };
+        bell.event.signal();
+        self.step_over(vp, message, u64::from(length))?;
+        Ok(true)
+    }
+
+    fn step_over(&self, vp: &Vp, message: &Message, length: u64) -> Result {
+        let next = quad(message, PAYLOAD + 24).wrapping_add(length);
+        let next = if mode(message) == Mode::Bits64 { next } else { next & 0xffff_ffff };
+        vp.set_register(self, REGISTER_RIP, next)
+    }
+}
+
+/// The doorbell that a write of this size rings.
+fn pick<'a>(
+    bells: &'a [DoorbellRequest],
+    size: u32,
+    value: impl FnOnce() -> Result<u64>,
+) -> Result<Option<&'a DoorbellRequest>> {
+    let fits = |bell: &&DoorbellRequest| bell.length == 0 || bell.length == size;
+    if let Some(bell) = bells.iter().filter(fits).find(|bell| bell.data.is_none()) {
+        return Ok(Some(bell));
+    }
+    if !bells.iter().any(|bell| fits(&bell)) {
+        return Ok(None);
+    }
+    let value = value()?;
+    Ok(bells.iter().filter(fits).find(|bell| bell.data == Some(value)))
+}
+
+/// Mode of the code that made a message: EFER.LMA, and L and D of CS.
+fn mode(message: &Message) -> Mode {
+    let long = word(message, PAYLOAD + 6) & (1 << 4) != 0;
+    let attributes = word(message, PAYLOAD + 8 + 14);
+    match (long && attributes & (1 << 13) != 0, attributes & (1 << 14) != 0) {
+        (true, _) => Mode::Bits64,
+        (_, true) => Mode::Bits32,
+        _ => Mode::Bits16,
+    }
+}

@@ -1,0 +1,485 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A virtual processor as the root sees it: the thread that dispatches it, and how others reach that thread.
+//!
+//! ```text
+//!   dispatch ──► Interrupt, Signal, Deadline: dispatch again
+//!      ▲    ──► Halted, WaitForSipi: sleep until kicked or the deadline, dispatch again
+//!      │    ──► Intercept: memory, doorbells and resampling are finished here, the rest goes to the VMM
+//! ```
+//!
+//! A run ends after [`RUN_BOUND`] with `EINTR` in any case, because clients rely on that.
+
+use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use kernel::new_mutex;
+use kernel::prelude::*;
+use kernel::seq_file::SeqFile;
+use kernel::seq_print;
+use kernel::sync::Mutex;
+
+use super::call::{bytes, bytes_mut, errno, variable_control};
+use super::memory::Fault;
+use super::partition::Partition;
+use crate::abi::hypercall::{code, private, state_page, DispatchEvent, VpRunPage};
+use crate::abi::partition::{
+    access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
+};
+use crate::abi::partition::{property, RegisterAssoc, VpRegisters};
+use crate::sys::{self, Alarm, IrqsOff, Pages, PreemptOff};
+
+/// Nanoseconds after which a run goes back to user space.
+const RUN_BOUND: u64 = 20_000_000;
+/// No CPU.
+const NOWHERE: u32 = u32::MAX;
+/// Largest state that goes by page number.
+const STATE_PAGES: usize = 16;
+
+/// One message of a VP, as bytes.
+pub(crate) type Message = [u8; message::BYTES];
+
+/// A virtual processor. Its memory lives as long as its partition.
+#[pin_data]
+pub(crate) struct Vp {
+    index: u32,
+    /// Held for the whole of each operation on the VP.
+    #[pin]
+    busy: Mutex<Armed>,
+    alarm: Alarm,
+    registers: Pages,
+    message: Pages,
+    run: Pages,
+    /// CPU on which the image may still hold state of it.
+    last_cpu: AtomicU32,
+    /// CPU on which it runs now. Set and cleared with interrupts off.
+    running_cpu: AtomicU32,
+    /// Somebody wants it dispatched (again).
+    kicked: AtomicBool,
+    /// A file was given out for it.
+    opened: AtomicBool,
+    dispatches: AtomicU64,
+    intercepts: AtomicU64,
+}
+
+/// What the alarm was last set to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Armed {
+    bound: u64,
+    deadline: u64,
+    cpu: u32,
+}
+
+impl Vp {
+    /// Creates VP `index` in the image, with the pages that both share.
+    pub(super) fn create(partition: &Partition, index: u32) -> Result<Pin<KBox<Self>>> {
+        let this = KBox::pin_init(
+            try_pin_init!(Self {
+                index,
+                busy <- new_mutex!(Armed { bound: 0, deadline: 0, cpu: NOWHERE }),
+                alarm: Alarm::new()?,
+                registers: Pages::new(0)?,
+                message: Pages::new(0)?,
+                run: Pages::new(0)?,
+                last_cpu: AtomicU32::new(NOWHERE),
+                running_cpu: AtomicU32::new(NOWHERE),
+                kicked: AtomicBool::new(false),
+                opened: AtomicBool::new(false),
+                dispatches: AtomicU64::new(0),
+                intercepts: AtomicU64::new(0),
+            }? Error),
+            GFP_KERNEL,
+        )?;
+        partition.create_vp_in_image(index)?;
+        let pages = [
+            (state_page::REGISTERS, &this.registers),
+            (state_page::INTERCEPT_MESSAGE, &this.message),
+            (state_page::RUN, &this.run),
+        ];
+        for (page_type, page) in pages {
+            let input = MapVpStatePage {
+                partition_id: partition.id(),
+                vp_index: index,
+                page_type,
+                input_vtl: 0,
+                flags: 1,
+                requested_map_location: page.spa() >> 12,
+            };
+            let mapped = partition.simple(code::MAP_VP_STATE_PAGE, &input, &mut 0u64);
+            if let Err(error) = mapped.and_then(|answer| errno(answer.status)) {
+                // The image must not keep pages that go away.
+                partition.delete_vp_in_image(index);
+                return Err(error);
+            }
+        }
+        Ok(this)
+    }
+
+    /// True the first time.
+    pub(super) fn open(&self) -> bool {
+        !self.opened.swap(true, Ordering::AcqRel)
+    }
+
+    /// The file could not be made.
+    pub(super) fn unopen(&self) {
+        self.opened.store(false, Ordering::Release);
+    }
+
+    /// The page that user space may map at page offset `number`.
+    pub(crate) fn user_page(&self, number: usize) -> Result<*mut u8> {
+        match number {
+            0 => Ok(self.registers.address()),
+            1 => Ok(self.message.address()),
+            // GHCB.
+            2 => Err(ENODEV),
+            _ => Err(EINVAL),
+        }
+    }
+
+    fn run_page(&self) -> &VpRunPage {
+        // SAFETY: a page of ours, zeroed at first, that consists of atomics and lives as long as `self`.
+        unsafe { &*self.run.address().cast() }
+    }
+
+    /// Swaps the signal that the image left for this VP.
+    pub(super) fn take_signal(&self) -> bool {
+        self.run_page().signal.swap(0, Ordering::AcqRel) != 0
+    }
+
+    /// Makes it be dispatched (again) soon: its thread wakes up, or it leaves its CPU. Any context.
+    pub(super) fn kick(&self) {
+        self.kicked.store(true, Ordering::SeqCst);
+        self.alarm.wake();
+        fence(Ordering::SeqCst);
+        let cpu = self.running_cpu.load(Ordering::SeqCst);
+        if cpu != NOWHERE {
+            sys::interrupt_cpu(cpu);
+        }
+    }
+
+    /// Does `call` while nobody else runs or changes the VP.
+    pub(crate) fn exclusively<R>(&self, call: impl FnOnce() -> R) -> R {
+        let _busy = self.busy.lock();
+        call()
+    }
+
+    /// Runs it until it has a message for the VMM. `EINTR` when a signal waits or after a while.
+    pub(crate) fn run(&self, partition: &Partition) -> Result<Message> {
+        let mut armed = self.busy.lock();
+        partition.check_caller()?;
+        let bound = sys::time().saturating_add(RUN_BOUND);
+        let result = self.run_until(partition, bound, &mut armed);
+        sys::guest_mode_end();
+        result
+    }
+
+    fn run_until(&self, partition: &Partition, bound: u64, armed: &mut Armed) -> Result<Message> {
+        loop {
+            sys::guest_mode_work()?;
+            if sys::time() >= bound {
+                return Err(EINTR);
+            }
+            match self.dispatch(partition, bound, armed)? {
+                DispatchEvent::Interrupt | DispatchEvent::Deadline => {}
+                DispatchEvent::Signal => partition.scan_signals(),
+                DispatchEvent::Halted | DispatchEvent::WaitForSipi => self.sleep(bound, armed)?,
+                DispatchEvent::Intercept => {
+                    self.intercepts.fetch_add(1, Ordering::Relaxed);
+                    if let Some(message) = self.finish_intercept(partition)? {
+                        return Ok(message);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One dispatch on the CPU this happens to run on.
+    fn dispatch(&self, partition: &Partition, bound: u64, armed: &mut Armed) -> Result<DispatchEvent> {
+        let answer = loop {
+            let preempt = PreemptOff::new();
+            let cpu = sys::this_cpu();
+            let last = self.last_cpu.load(Ordering::Relaxed);
+            if last != cpu && last != NOWHERE {
+                drop(preempt);
+                self.detach(partition);
+                continue;
+            }
+            self.last_cpu.store(cpu, Ordering::Relaxed);
+            // From here on an interrupt, so a kick too, waits and ends the run of the child at once.
+            let irqs = IrqsOff::new();
+            self.running_cpu.store(cpu, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+            self.kicked.store(false, Ordering::SeqCst);
+            self.set_alarm(bound, armed);
+            let answer = partition.fast(code::DISPATCH_VP, u64::from(self.index));
+            self.running_cpu.store(NOWHERE, Ordering::SeqCst);
+            drop(irqs);
+            break answer;
+        };
+        self.dispatches.fetch_add(1, Ordering::Relaxed);
+        errno(answer.status)?;
+        DispatchEvent::from_value(answer.value).ok_or(EIO)
+    }
+
+    /// Sets the alarm to the end of the run or the VP's next timer, whichever is first.
+    fn set_alarm(&self, bound: u64, armed: &mut Armed) {
+        let deadline = self.run_page().deadline.load(Ordering::Relaxed);
+        let wanted = Armed { bound, deadline, cpu: sys::this_cpu() };
+        if *armed == wanted && !self.alarm.fired() {
+            return;
+        }
+        let rest = bound.saturating_sub(sys::time());
+        // A fresh page says 0: no deadline was set yet.
+        let rest = match deadline {
+            0 | u64::MAX => rest,
+            _ => rest.min(sys::nanoseconds_until(deadline)),
+        };
+        self.alarm.set(rest);
+        *armed = wanted;
+    }
+
+    /// Sleeps until somebody kicks it, or its next timer or the end of the run comes.
+    fn sleep(&self, bound: u64, armed: &mut Armed) -> Result {
+        self.alarm.reset();
+        fence(Ordering::SeqCst);
+        if self.kicked.load(Ordering::SeqCst) || self.run_page().signal.load(Ordering::Acquire) != 0 {
+            return Ok(());
+        }
+        // Set anew in any case: it may have ended before the reset.
+        armed.cpu = NOWHERE;
+        self.set_alarm(bound, armed);
+        self.alarm.wait()
+    }
+
+    /// Makes the CPU that ran it last forget it.
+    fn detach(&self, partition: &Partition) {
+        let last = self.last_cpu.load(Ordering::Relaxed);
+        if last != NOWHERE {
+            // A CPU that went offline forgot it then.
+            let _ = sys::call_on_one_cpu(last, || self.detach_here(partition));
+            self.last_cpu.store(NOWHERE, Ordering::Relaxed);
+        }
+    }
+
+    fn detach_here(&self, partition: &Partition) {
+        let answer = partition.fast(private::DETACH_VP, u64::from(self.index));
+        // A hypervisor that is gone holds nothing.
+        let _ = errno(answer.status);
+    }
+
+    /// The same before the partition dies.
+    pub(super) fn detach_for_good(&self, partition: &Partition) {
+        self.detach(partition);
+    }
+
+    /// This CPU, `cpu`, goes offline.
+    pub(super) fn detach_from(&self, partition: &Partition, cpu: u32) {
+        if self.last_cpu.load(Ordering::Relaxed) == cpu {
+            self.detach_here(partition);
+        }
+    }
+
+    /// Looks at the message that the VP left. `None` if it could be finished here.
+    fn finish_intercept(&self, partition: &Partition) -> Result<Option<Message>> {
+        let mut copy: Message = [0; message::BYTES];
+        // SAFETY: the page lives as long as `self`. User space may write to it meanwhile, so it is copied once
+        // (a torn copy is only wrong data), and only the copy is looked at.
+        unsafe {
+            core::ptr::copy_nonoverlapping(self.message.address(), copy.as_mut_ptr(), copy.len());
+        }
+        let finished = match word(&copy, 0) {
+            message::UNMAPPED_GPA | message::GPA_INTERCEPT => {
+                let gpa = quad(&copy, PAYLOAD + 56);
+                let kind = copy[PAYLOAD + 5];
+                match partition.fault(gpa >> 12, kind)? {
+                    Fault::Mapped => true,
+                    Fault::Broken => {
+                        // Guest memory that the host cannot give: the VMM shall know that it is memory.
+                        self.rename_message(&mut copy, message::GPA_INTERCEPT);
+                        false
+                    }
+                    Fault::NotMemory => {
+                        kind == access::WRITE && partition.ring_memory_doorbell(self, &copy)?
+                    }
+                    Fault::Denied => false,
+                }
+            }
+            message::IO_PORT_INTERCEPT => partition.ring_port_doorbell(self, &copy)?,
+            message::APIC_EOI => partition.resample(word(&copy, PAYLOAD + 4)),
+            _ => false,
+        };
+        Ok((!finished).then_some(copy))
+    }
+
+    fn rename_message(&self, copy: &mut Message, message_type: u32) {
+        copy[..4].copy_from_slice(&message_type.to_le_bytes());
+        // SAFETY: the page lives as long as `self`; nothing in the kernel reads it back without a check.
+        unsafe { self.message.address().cast::<u32>().write_volatile(message_type.to_le()) };
+    }
+
+    /// Reads one register.
+    pub(super) fn register(&self, partition: &Partition, name: u32) -> Result<u64> {
+        let mut value = [0u64; 2];
+        let head = self.register_head(partition);
+        let answer = partition.rep(
+            code::GET_VP_REGISTERS,
+            1,
+            [bytes(&head), &name.to_le_bytes()],
+            bytes_mut(&mut value),
+        )?;
+        errno(answer.status)?;
+        Ok(value[0])
+    }
+
+    /// Writes one register.
+    pub(super) fn set_register(&self, partition: &Partition, name: u32, value: u64) -> Result {
+        let head = self.register_head(partition);
+        let register = RegisterAssoc { name, value: [value, 0], ..Default::default() };
+        let input = [bytes(&head), bytes(&register)];
+        errno(partition.rep(code::SET_VP_REGISTERS, 1, input, &mut [])?.status)
+    }
+
+    fn register_head(&self, partition: &Partition) -> VpRegisters {
+        VpRegisters { partition_id: partition.id(), vp_index: self.index, ..Default::default() }
+    }
+
+    /// Bytes of a state of `mshv_get_set_vp_state`, and how the image calls it.
+    pub(crate) fn state_size(&self, partition: &Partition, state: StateKind) -> Result<usize> {
+        match state {
+            StateKind::SyntheticTimers => Ok(vp_state::SYNTHETIC_TIMERS_BYTES),
+            StateKind::Xsave => {
+                let size = partition.property(property::MAX_XSAVE_DATA_SIZE)?;
+                usize::try_from(size).ok().filter(|size| *size <= STATE_PAGES * 4096).ok_or(EIO)
+            }
+            _ => Ok(4096),
+        }
+    }
+
+    /// Gets or sets a state. `data` is whole pages, as many as the state needs.
+    pub(crate) fn transfer_state(
+        &self,
+        partition: &Partition,
+        state: StateKind,
+        set: bool,
+        data: &mut [u8],
+    ) -> Result {
+        let mut head = VpState {
+            partition_id: partition.id(),
+            vp_index: self.index,
+            state_type: state.to_abi(),
+            ..Default::default()
+        };
+        if state == StateKind::Xsave {
+            // x87 and SSE belong to every image.
+            head.xsave_states = partition.property(property::XSAVE_STATES)? | 3;
+        }
+        let code = if set { code::SET_VP_STATE } else { code::GET_VP_STATE };
+        if state == StateKind::SyntheticTimers {
+            let timers = data.get_mut(..vp_state::SYNTHETIC_TIMERS_BYTES).ok_or(EINVAL)?;
+            let words = (vp_state::SYNTHETIC_TIMERS_BYTES / 8) as u16;
+            let answer = if set {
+                let control = variable_control(code, words);
+                partition.paged(control, [bytes(&head), timers], &mut [])?
+            } else {
+                partition.paged(variable_control(code, 0), [bytes(&head), &[]], timers)?
+            };
+            return errno(answer.status);
+        }
+        // Through pages of our own: user space cannot touch them while the image does.
+        let mut bounce = KVec::new();
+        let mut pfns = [0u64; STATE_PAGES];
+        for (chunk, pfn) in data.chunks(4096).zip(pfns.iter_mut()) {
+            let page = Pages::new(0)?;
+            if set {
+                // SAFETY: a page of ours, and a chunk is not longer than a page.
+                unsafe { core::ptr::copy_nonoverlapping(chunk.as_ptr(), page.address(), chunk.len()) };
+            }
+            *pfn = page.spa() >> 12;
+            bounce.push(page, GFP_KERNEL)?;
+        }
+        let pfns = &pfns[..bounce.len()];
+        let control = variable_control(code, pfns.len() as u16);
+        let answer = partition.paged(control, [bytes(&head), bytes(pfns)], &mut [])?;
+        errno(answer.status)?;
+        if !set {
+            for (chunk, page) in data.chunks_mut(4096).zip(bounce.iter()) {
+                // SAFETY: as above; the image is done with the page.
+                unsafe {
+                    core::ptr::copy_nonoverlapping(page.address(), chunk.as_mut_ptr(), chunk.len());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Prints it as a JSON object.
+    pub(super) fn print(&self, seq: &SeqFile) {
+        let cpu = self.running_cpu.load(Ordering::Relaxed);
+        let state = if cpu == NOWHERE { "stopped" } else { "running" };
+        seq_print!(
+            seq,
+            "{{\"index\":{},\"state\":\"{}\",\"dispatches\":{},\"intercepts\":{},\"exits\":{}}}",
+            self.index,
+            state,
+            self.dispatches.load(Ordering::Relaxed),
+            self.intercepts.load(Ordering::Relaxed),
+            self.run_page().exits.load(Ordering::Relaxed)
+        );
+    }
+}
+
+/// Offset of the payload in a message.
+pub(super) const PAYLOAD: usize = 16;
+
+/// The u32 at `offset`, 0 outside.
+pub(super) fn word(message: &Message, offset: usize) -> u32 {
+    quad(message, offset) as u32
+}
+
+/// The u64 at `offset`, 0 outside.
+pub(super) fn quad(message: &Message, offset: usize) -> u64 {
+    let bytes = message.get(offset..offset + 8).and_then(|bytes| bytes.try_into().ok());
+    bytes.map_or(0, u64::from_le_bytes)
+}
+
+/// `MSHV_VP_STATE_*`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StateKind {
+    /// Local APIC.
+    Lapic,
+    /// XSAVE image, compacted.
+    Xsave,
+    /// SynIC message page.
+    Simp,
+    /// SynIC event flags page.
+    Siefp,
+    /// Synthetic timers.
+    SyntheticTimers,
+}
+
+impl StateKind {
+    /// From the number in the ioctl.
+    pub(crate) fn from_user(number: u8) -> Result<Self> {
+        Ok(match number {
+            0 => Self::Lapic,
+            1 => Self::Xsave,
+            2 => Self::Simp,
+            3 => Self::Siefp,
+            4 => Self::SyntheticTimers,
+            _ => return Err(EINVAL),
+        })
+    }
+
+    fn to_abi(self) -> u32 {
+        match self {
+            Self::Lapic => vp_state::LAPIC,
+            Self::Xsave => vp_state::XSAVE,
+            Self::Simp => vp_state::SIM_PAGE,
+            Self::Siefp => vp_state::SIEF_PAGE,
+            Self::SyntheticTimers => vp_state::SYNTHETIC_TIMERS,
+        }
+    }
+}
+
+/// What one property of a partition is asked with.
+pub(super) fn property_input(partition: u64, property_code: u32) -> GetPartitionProperty {
+    GetPartitionProperty { partition_id: partition, property_code, padding: 0 }
+}

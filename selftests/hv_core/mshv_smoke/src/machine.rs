@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A small guest in real mode, and the ioctls the crates have no call for.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use mshv_bindings::*;
+use mshv_ioctls::{Mshv, VcpuFd, VmFd};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// How long a guest may take to its next message.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An ioctl by number, with its argument as a number.
+pub fn ioctl(fd: RawFd, command: u64, argument: u64) -> io::Result<i32> {
+    // SAFETY: the callers pass addresses of structures of the right size, or wrong ones on purpose, which the
+    // kernel refuses.
+    match unsafe { libc::ioctl(fd, command as _, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        value => Ok(value),
+    }
+}
+
+/// The errno of a result, 0 for success.
+pub fn errno<T>(result: io::Result<T>) -> i32 {
+    result
+        .err()
+        .and_then(|error| error.raw_os_error())
+        .unwrap_or(0)
+}
+
+/// Maps one page of a file, and unmaps it again.
+pub fn map_page(fd: RawFd, page: i64) -> io::Result<()> {
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+    // SAFETY: a new mapping, which nobody uses.
+    unsafe {
+        let address = libc::mmap(ptr::null_mut(), 4096, access, flags, fd, page * 4096);
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        libc::munmap(address, 4096);
+    }
+    Ok(())
+}
+
+/// Type of a message.
+pub fn kind(message: &hv_message) -> u32 {
+    message.header.message_type
+}
+
+/// Anonymous memory that nothing is reserved for.
+pub struct Memory {
+    address: *mut u8,
+    size: usize,
+}
+
+impl Memory {
+    /// Maps it.
+    pub fn new(size: usize) -> io::Result<Self> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping.
+        let address = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, -1, 0) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            address: address.cast(),
+            size,
+        })
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// Writes bytes at an offset.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.size);
+        // SAFETY: inside the mapping; the guest may write to it too, so no reference is made.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.add(offset), bytes.len()) };
+    }
+
+    /// Reads the byte at an offset.
+    pub fn read(&self, offset: usize) -> u8 {
+        assert!(offset < self.size);
+        // SAFETY: as above.
+        unsafe { self.address.add(offset).read_volatile() }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`.
+        unsafe { libc::munmap(self.address.cast(), self.size) };
+    }
+}
+
+/// A partition with one VP in real mode that starts at 0:0x1000.
+pub struct Machine {
+    /// The VP.
+    pub vcpu: VcpuFd,
+    /// The partition.
+    pub vm: VmFd,
+    /// Guest memory from 0x1000 on, 40 KiB.
+    pub memory: Memory,
+}
+
+impl Machine {
+    /// Makes it, with this code at its start.
+    pub fn new(code: &[u8]) -> Result<Self> {
+        let vm = Mshv::new()?.create_vm()?;
+        vm.initialize()?;
+        let vcpu = vm.create_vcpu(0)?;
+        let memory = Memory::new(0xa000)?;
+        memory.write(0, code);
+        vm.map_user_memory(mshv_user_mem_region {
+            size: 0xa000,
+            guest_pfn: 1,
+            userspace_addr: memory.address(),
+            flags: 3,
+            ..Default::default()
+        })?;
+        let mut segments = [
+            hv_register_name_HV_X64_REGISTER_CS,
+            hv_register_name_HV_X64_REGISTER_DS,
+            hv_register_name_HV_X64_REGISTER_SS,
+        ]
+        .map(|name| hv_register_assoc {
+            name,
+            ..Default::default()
+        });
+        vcpu.get_reg(&mut segments)?;
+        for segment in &mut segments {
+            segment.value.segment.base = 0;
+            segment.value.segment.selector = 0;
+        }
+        vcpu.set_reg(&segments)?;
+        let machine = Self { vcpu, vm, memory };
+        machine.set(&[
+            (hv_register_name_HV_X64_REGISTER_RIP, 0x1000),
+            (hv_register_name_HV_X64_REGISTER_RFLAGS, 2),
+        ])?;
+        Ok(machine)
+    }
+
+    /// Sets registers.
+    pub fn set(&self, registers: &[(u32, u64)]) -> Result<()> {
+        let registers: Vec<_> = registers
+            .iter()
+            .map(|(name, value)| hv_register_assoc {
+                name: *name,
+                value: hv_register_value { reg64: *value },
+                ..Default::default()
+            })
+            .collect();
+        Ok(self.vcpu.set_reg(&registers)?)
+    }
+
+    /// Runs until there is a message.
+    pub fn next_message(&self) -> Result<hv_message> {
+        let start = Instant::now();
+        loop {
+            match self.vcpu.run() {
+                Ok(message) => return Ok(message),
+                Err(error) if error.errno() == libc::EINTR && start.elapsed() < PATIENCE => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Runs until the guest writes to a port, and steps over that: port and AL.
+    pub fn next_port_write(&self) -> Result<(u16, u64)> {
+        let message = self.next_message()?;
+        if kind(&message) != hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT {
+            return Err(format!("message {:#x} instead of port I/O", kind(&message)).into());
+        }
+        let info = message.to_ioport_info()?;
+        let length = info.header.instruction_length();
+        let next = info.header.rip + u64::from(length);
+        self.set(&[(hv_register_name_HV_X64_REGISTER_RIP, next)])?;
+        Ok((info.port_number, info.rax & 0xff))
+    }
+}
+
+impl AsRawFd for Machine {
+    fn as_raw_fd(&self) -> RawFd {
+        self.vm.as_raw_fd()
+    }
+}

@@ -1,0 +1,648 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Checks of `/dev/mshv`: each argument is the name of one check; without one, all names are listed. A check that
+//! fails says why and ends the program with status 1. `selftests/hv_core/mshv.sh` runs them in a bed's guest.
+
+mod machine;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use machine::{errno, ioctl, Machine, Memory};
+use mshv_bindings::*;
+use mshv_ioctls::{InterruptRequest, Mshv};
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+type Check = (&'static str, fn() -> Outcome);
+
+/// All checks.
+const CHECKS: [Check; 13] = [
+    (
+        "guest_runs_code_and_writes_ports",
+        guest_runs_code_and_writes_ports,
+    ),
+    ("wrong_arguments_are_refused", wrong_arguments_are_refused),
+    ("wrong_memory_is_refused", wrong_memory_is_refused),
+    (
+        "guest_memory_appears_when_touched",
+        guest_memory_appears_when_touched,
+    ),
+    (
+        "unmapped_memory_exits_with_its_address",
+        unmapped_memory_exits_with_its_address,
+    ),
+    (
+        "read_only_memory_exits_at_a_write",
+        read_only_memory_exits_at_a_write,
+    ),
+    (
+        "doorbells_ring_without_an_exit",
+        doorbells_ring_without_an_exit,
+    ),
+    (
+        "run_of_a_halted_vp_ends_in_time",
+        run_of_a_halted_vp_ends_in_time,
+    ),
+    (
+        "run_of_a_busy_vp_ends_in_time",
+        run_of_a_busy_vp_ends_in_time,
+    ),
+    ("interrupt_wakes_a_halted_vp", interrupt_wakes_a_halted_vp),
+    ("event_asserts_an_interrupt", event_asserts_an_interrupt),
+    (
+        "large_region_costs_nothing_until_touched",
+        large_region_costs_nothing_until_touched,
+    ),
+    ("killed_owner_leaves_nothing", killed_owner_leaves_nothing),
+];
+
+/// What `killed_owner_leaves_nothing` starts itself as.
+const VICTIM: &str = "victim";
+
+fn main() -> ExitCode {
+    let names: Vec<String> = std::env::args().skip(1).collect();
+    if names.is_empty() {
+        CHECKS.iter().for_each(|(name, _)| println!("{name}"));
+    }
+    for name in names {
+        let check = match CHECKS.iter().find(|(known, _)| *known == name) {
+            Some((_, check)) => *check,
+            None if name == VICTIM => victim,
+            None => {
+                eprintln!("no check {name}");
+                return ExitCode::from(2);
+            }
+        };
+        if let Err(error) = check() {
+            eprintln!("{name}: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Fails with a text unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($text:tt)*) => {
+        if !$condition {
+            return Err(format!($($text)*).into());
+        }
+    };
+}
+
+fn guest_runs_code_and_writes_ports() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0xba, 0xf8, 0x03, // mov $0x3f8, %dx
+        0x00, 0xd8,       // add %bl, %al
+        0x04, b'0',       // add $'0', %al
+        0xee,             // out %al, (%dx)
+        0xb0, 0,          // mov $0, %al
+        0xee,             // out %al, (%dx)
+    ];
+    let machine = Machine::new(&code)?;
+    machine.set(&[
+        (hv_register_name_HV_X64_REGISTER_RAX, 2),
+        (hv_register_name_HV_X64_REGISTER_RBX, 2),
+    ])?;
+    for expected in [b'4', 0] {
+        let (port, value) = machine.next_port_write()?;
+        ensure!(
+            (port, value) == (0x3f8, u64::from(expected)),
+            "port {port:#x} value {value:#x}"
+        );
+    }
+    Ok(())
+}
+
+fn wrong_arguments_are_refused() -> Outcome {
+    let device = Mshv::new()?;
+    let device_fd = Mshv::open_with_cloexec(true)?;
+    ensure!(
+        errno(ioctl(device_fd, 0xb8ff, 0)) == libc::ENOTTY,
+        "unknown ioctl of the device"
+    );
+    ensure!(
+        errno(ioctl(device_fd, 0x4010_b800, 8)) == libc::EFAULT,
+        "bad address"
+    );
+    let mut v1 = [1u64 << 6, 0];
+    ensure!(
+        errno(ioctl(device_fd, 0x4010_b800, v1.as_mut_ptr() as u64)) == libc::EINVAL,
+        "unknown flag"
+    );
+    v1 = [1, 1];
+    ensure!(
+        errno(ioctl(device_fd, 0x4010_b800, v1.as_mut_ptr() as u64)) == libc::EINVAL,
+        "isolation"
+    );
+    // A hypercall that is not allowed, and envelopes that are wrong.
+    let (input, mut output) = ([0u64; 4], [0u64; 4]);
+    let (in_ptr, out_ptr) = (input.as_ptr() as u64, output.as_mut_ptr() as u64);
+    let envelope = |code: u16| mshv_root_hvcall {
+        code,
+        in_sz: 16,
+        out_sz: 8,
+        in_ptr,
+        out_ptr,
+        ..Default::default()
+    };
+    let mut cases = vec![
+        envelope(0x40),
+        envelope(0x48),
+        envelope(0x50),
+        envelope(0xf001),
+    ];
+    cases.push(mshv_root_hvcall {
+        status: 1,
+        ..envelope(0x44)
+    });
+    cases.push(mshv_root_hvcall {
+        in_sz: 4,
+        ..envelope(0x44)
+    });
+    cases.push(mshv_root_hvcall {
+        in_sz: 4097,
+        ..envelope(0x44)
+    });
+    cases.push(mshv_root_hvcall {
+        out_sz: 0,
+        ..envelope(0x44)
+    });
+    cases.push(mshv_root_hvcall {
+        in_ptr: 0,
+        ..envelope(0x44)
+    });
+    for (index, mut case) in cases.into_iter().enumerate() {
+        let result = ioctl(device_fd, 0xc020_b807, &raw mut case as u64);
+        ensure!(errno(result) == libc::EINVAL, "hypercall case {index}");
+    }
+    let vm = device.create_vm()?;
+    vm.initialize()?;
+    let vm_fd = vm.as_raw_fd();
+    ensure!(
+        errno(ioctl(vm_fd, 0xb8ff, 0)) == libc::ENOTTY,
+        "unknown ioctl of a partition"
+    );
+    for (index, expected) in [(256u32, libc::EINVAL), (u32::MAX, libc::EINVAL)] {
+        ensure!(
+            errno(ioctl(vm_fd, 0x4004_b801, &raw const index as u64)) == expected,
+            "VP {index}"
+        );
+    }
+    let vcpu = vm.create_vcpu(3)?;
+    let index = 3u32;
+    ensure!(
+        errno(ioctl(vm_fd, 0x4004_b801, &raw const index as u64)) == libc::EEXIST,
+        "VP twice"
+    );
+    ensure!(
+        errno(ioctl(vcpu.as_raw_fd(), 0xb8ff, 0)) == libc::ENOTTY,
+        "unknown ioctl of a VP"
+    );
+    // A property can be set on the partition's file only.
+    let mut set = mshv_root_hvcall {
+        in_sz: 24,
+        out_ptr: 0,
+        ..envelope(0x45)
+    };
+    ensure!(
+        errno(ioctl(vcpu.as_raw_fd(), 0xc020_b807, &raw mut set as u64)) == libc::EINVAL,
+        "property on a VP"
+    );
+    for (offset, expected) in [(2i64, libc::ENODEV), (3, libc::EINVAL)] {
+        let mapped = machine::map_page(vcpu.as_raw_fd(), offset);
+        ensure!(
+            mapped.map_err(|e| e.raw_os_error()) == Err(Some(expected)),
+            "mmap at page {offset}"
+        );
+    }
+    // SAFETY: a descriptor of ours.
+    unsafe { libc::close(device_fd) };
+    Ok(())
+}
+
+fn wrong_memory_is_refused() -> Outcome {
+    let vm = Mshv::new()?.create_vm()?;
+    vm.initialize()?;
+    let memory = Memory::new(0x10_0000)?;
+    let region = |size, guest_pfn, userspace_addr, flags| mshv_user_mem_region {
+        size,
+        guest_pfn,
+        userspace_addr,
+        flags,
+        ..Default::default()
+    };
+    let at = memory.address();
+    let attempt = |r: mshv_user_mem_region| ioctl(vm.as_raw_fd(), 0x4020_b802, &raw const r as u64);
+    ensure!(
+        attempt(region(0x4000, 0x10, at, 3)).is_ok(),
+        "a good region"
+    );
+    let cases = [
+        (region(0, 0x100, at, 3), libc::EINVAL),
+        (region(0x1001, 0x100, at, 3), libc::EINVAL),
+        (region(0x1000, 0x100, at + 1, 3), libc::EINVAL),
+        (region(0x1000, 0x100, at, 8), libc::EINVAL),
+        (region(0x1000, 0x100, 0x1000, 3), libc::EINVAL),
+        (region(u64::MAX & !0xfff, 0x100, at, 3), libc::EINVAL),
+        (region(0x1000, u64::MAX, at, 3), libc::EINVAL),
+        (
+            mshv_user_mem_region {
+                rsvd: [1; 7],
+                ..region(0x1000, 0x100, at, 3)
+            },
+            libc::EINVAL,
+        ),
+        (region(0x1000, 0x13, at, 3), libc::EEXIST),
+        (region(0x10000, 0xc, at, 3), libc::EEXIST),
+        (region(0x2000, 0xf, at, 3), libc::EEXIST),
+        (region(0x1000, 0x11, at, 4), libc::EINVAL),
+        (region(0x4000, 0x10, at + 0x1000, 4), libc::EINVAL),
+        (region(0x3000, 0x10, at, 4), libc::EINVAL),
+        (region(0x4000, 0x20, at, 4), libc::ENOENT),
+    ];
+    for (index, (case, expected)) in cases.into_iter().enumerate() {
+        let got = errno(attempt(case));
+        ensure!(
+            got == expected,
+            "case {index}: errno {got} instead of {expected}"
+        );
+    }
+    // Beside it, twice the same memory, and away again.
+    ensure!(attempt(region(0x1000, 0xf, at, 3)).is_ok(), "neighbour");
+    ensure!(
+        attempt(region(0x1000, 0x14, at, 3)).is_ok(),
+        "other neighbour"
+    );
+    ensure!(attempt(region(0x4000, 0x10, at, 4)).is_ok(), "unmap");
+    ensure!(
+        errno(attempt(region(0x4000, 0x10, at, 4))) == libc::ENOENT,
+        "unmap twice"
+    );
+    Ok(())
+}
+
+fn guest_memory_appears_when_touched() -> Outcome {
+    // 16-bit code can reach 64 KiB per segment: it adds up a byte of 8 pages, then writes one.
+    #[rustfmt::skip]
+    let code = [
+        0xbb, 0x00, 0x20,       // mov $0x2000, %bx
+        0x30, 0xc0,             // xor %al, %al
+        0x02, 0x07,             // 1: add (%bx), %al
+        0x81, 0xc3, 0x00, 0x10, // add $0x1000, %bx
+        0x81, 0xfb, 0x00, 0xa0, // cmp $0xa000, %bx
+        0x75, 0xf4,             // jne 1b
+        0xa2, 0x00, 0xa8,       // mov %al, 0xa800
+        0xe6, 0x10,             // out %al, $0x10
+    ];
+    let machine = Machine::new(&code)?;
+    for page in 1..9 {
+        machine.memory.write(page * 0x1000, &[page as u8]);
+    }
+    let (port, value) = machine.next_port_write()?;
+    ensure!((port, value) == (0x10, 36), "port {port:#x} value {value}");
+    ensure!(
+        machine.memory.read(0x9800) == 36,
+        "the write did not arrive"
+    );
+    Ok(())
+}
+
+fn unmapped_memory_exits_with_its_address() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0xb8, 0x00, 0xf0, // mov $0xf000, %ax
+        0x8e, 0xd8,       // mov %ax, %ds
+        0xa2, 0x34, 0x12, // mov %al, 0x1234
+    ];
+    let machine = Machine::new(&code)?;
+    let message = machine.next_message()?;
+    ensure!(
+        machine::kind(&message) == hv_message_type_HVMSG_UNMAPPED_GPA,
+        "{:#x}",
+        machine::kind(&message)
+    );
+    let info = message.to_memory_info()?;
+    let (gpa, access, count) = (
+        info.guest_physical_address,
+        info.header.intercept_access_type,
+        info.instruction_byte_count,
+    );
+    ensure!(
+        (gpa, access) == (0xf1234, 1),
+        "gpa {gpa:#x} access {access}"
+    );
+    ensure!(
+        count >= 3 && info.instruction_bytes[..3] == code[5..],
+        "instruction bytes"
+    );
+    Ok(())
+}
+
+fn read_only_memory_exits_at_a_write() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0xa0, 0x00, 0xc0, // mov 0xc000, %al
+        0xe6, 0x10,       // out %al, $0x10
+        0xa2, 0x01, 0xc0, // mov %al, 0xc001
+    ];
+    let machine = Machine::new(&code)?;
+    let rom = Memory::new(0x1000)?;
+    rom.write(0, &[0x5a]);
+    machine.vm.map_user_memory(mshv_user_mem_region {
+        size: 0x1000,
+        guest_pfn: 0xc,
+        userspace_addr: rom.address(),
+        flags: 2,
+        ..Default::default()
+    })?;
+    ensure!(machine.next_port_write()? == (0x10, 0x5a), "read");
+    let message = machine.next_message()?;
+    ensure!(
+        machine::kind(&message) == hv_message_type_HVMSG_GPA_INTERCEPT,
+        "{:#x}",
+        machine::kind(&message)
+    );
+    let info = message.to_memory_info()?;
+    let (gpa, access) = (
+        info.guest_physical_address,
+        info.header.intercept_access_type,
+    );
+    ensure!((gpa, access) == (0xc001, 1), "gpa {gpa:#x} access {access}");
+    ensure!(rom.read(1) == 0, "the write arrived");
+    Ok(())
+}
+
+fn doorbells_ring_without_an_exit() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0xb8, 0x00, 0xf0, // mov $0xf000, %ax
+        0x8e, 0xd8,       // mov %ax, %ds
+        0xb8, 0x07, 0x00, // mov $7, %ax
+        0xa3, 0x00, 0x10, // mov %ax, 0x1000     (accumulator form: goes to the VMM)
+        0x89, 0x07,       // mov %ax, (%bx)      any value
+        0x89, 0x44, 0x04, // mov %ax, 4(%si)     wants 7
+        0xb0, 0x08,       // mov $8, %al
+        0x89, 0x44, 0x04, // mov %ax, 4(%si)     wants 7, gets 8
+        0xe6, 0x10,       // out %al, $0x10
+    ];
+    let machine = Machine::new(&code)?;
+    machine.set(&[
+        (hv_register_name_HV_X64_REGISTER_RBX, 0x1000),
+        (hv_register_name_HV_X64_REGISTER_RSI, 0x1000),
+    ])?;
+    let any = EventFd::new(EFD_NONBLOCK)?;
+    let seven = EventFd::new(EFD_NONBLOCK)?;
+    let bell = |fd: &EventFd, addr, len, flags, datamatch| mshv_user_ioeventfd {
+        datamatch,
+        addr,
+        len,
+        fd: fd.as_raw_fd(),
+        flags,
+        ..Default::default()
+    };
+    let attempt =
+        |b: mshv_user_ioeventfd| ioctl(machine.vm.as_raw_fd(), 0x4020_b804, &raw const b as u64);
+    ensure!(attempt(bell(&any, 0xf1000, 0, 0, 0)).is_ok(), "assign");
+    ensure!(
+        attempt(bell(&seven, 0xf1004, 2, 1, 7)).is_ok(),
+        "assign with data"
+    );
+    ensure!(
+        errno(attempt(bell(&any, 0xf1004, 2, 1, 7))) == libc::EEXIST,
+        "twice"
+    );
+    ensure!(
+        errno(attempt(bell(&any, 0xf1004, 3, 0, 0))) == libc::EINVAL,
+        "odd length"
+    );
+    ensure!(
+        errno(attempt(bell(&any, u64::MAX, 8, 0, 0))) == libc::EINVAL,
+        "overflow"
+    );
+    // The accumulator form is not decoded: the VMM sees it, and steps over it.
+    let message = machine.next_message()?;
+    ensure!(
+        message.to_memory_info()?.guest_physical_address == 0xf1000,
+        "first exit"
+    );
+    machine.set(&[(hv_register_name_HV_X64_REGISTER_RIP, 0x1000 + 11)])?;
+    let message = machine.next_message()?;
+    ensure!(
+        machine::kind(&message) == hv_message_type_HVMSG_UNMAPPED_GPA,
+        "no exit for the wrong value"
+    );
+    let info = message.to_memory_info()?;
+    let (gpa, rip) = (info.guest_physical_address, info.header.rip);
+    ensure!(
+        (gpa, rip) == (0xf1004, 0x1000 + 18),
+        "second exit: gpa {gpa:#x} rip {rip:#x}"
+    );
+    ensure!(
+        any.read().ok() == Some(1) && seven.read().ok() == Some(1),
+        "the bells did not ring once each"
+    );
+    // Clients remove with neither length nor data.
+    ensure!(attempt(bell(&seven, 0xf1004, 0, 4, 0)).is_ok(), "deassign");
+    ensure!(
+        errno(attempt(bell(&seven, 0xf1004, 0, 4, 0))) == libc::ENOENT,
+        "deassign twice"
+    );
+    Ok(())
+}
+
+/// A run returns with EINTR, and how long that took.
+fn interrupted_run(machine: &Machine) -> Result<Duration, Box<dyn std::error::Error>> {
+    let start = Instant::now();
+    match machine.vcpu.run() {
+        Err(error) if error.errno() == libc::EINTR => Ok(start.elapsed()),
+        Err(error) => Err(error.into()),
+        Ok(message) => Err(format!("message {:#x}", machine::kind(&message)).into()),
+    }
+}
+
+fn run_of_a_halted_vp_ends_in_time() -> Outcome {
+    let machine = Machine::new(&[0xf4, 0xeb, 0xfd])?; // 1: hlt; jmp 1b
+    for _ in 0..5 {
+        let took = interrupted_run(&machine)?;
+        ensure!((5..500).contains(&took.as_millis()), "{took:?}");
+    }
+    Ok(())
+}
+
+fn run_of_a_busy_vp_ends_in_time() -> Outcome {
+    let machine = Machine::new(&[0xeb, 0xfe])?; // 1: jmp 1b
+    for _ in 0..5 {
+        let took = interrupted_run(&machine)?;
+        ensure!((5..500).contains(&took.as_millis()), "{took:?}");
+    }
+    Ok(())
+}
+
+/// A guest that sleeps with interrupts on, and whose handler of vector 0x40 writes to port 0x20.
+fn sleeper() -> Result<Machine, Box<dyn std::error::Error>> {
+    #[rustfmt::skip]
+    let code = [
+        0xfb,                         // sti
+        0xf4, 0xeb, 0xfd,             // 1: hlt; jmp 1b
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        0xb0, 0x33,                   // 0x1010: mov $0x33, %al
+        0xe6, 0x20,                   // out %al, $0x20
+        0xf4,                         // hlt
+    ];
+    let machine = Machine::new(&code)?;
+    // The interrupt vector table is at 0; entry 0x40 points to 0:0x1010.
+    let table = Memory::new(0x1000)?;
+    table.write(0x40 * 4, &[0x10, 0x10, 0, 0]);
+    machine.vm.map_user_memory(mshv_user_mem_region {
+        size: 0x1000,
+        guest_pfn: 0,
+        userspace_addr: table.address(),
+        flags: 3,
+        ..Default::default()
+    })?;
+    std::mem::forget(table);
+    machine.set(&[(hv_register_name_HV_X64_REGISTER_RSP, 0x8000)])?;
+    // The local APIC is on (SPIV bit 8).
+    let mut lapic = machine.vcpu.get_lapic()?;
+    lapic.regs[0xf1] = 1;
+    machine.vcpu.set_lapic(&lapic)?;
+    Ok(machine)
+}
+
+fn interrupt_wakes_a_halted_vp() -> Outcome {
+    let machine = sleeper()?;
+    interrupted_run(&machine)?;
+    machine.vm.request_virtual_interrupt(&InterruptRequest {
+        interrupt_type: hv_interrupt_type_HV_X64_INTERRUPT_TYPE_FIXED,
+        apic_id: 0,
+        vector: 0x40,
+        level_triggered: false,
+        logical_destination_mode: false,
+        long_mode: false,
+    })?;
+    ensure!(machine.next_port_write()? == (0x20, 0x33), "port");
+    Ok(())
+}
+
+fn event_asserts_an_interrupt() -> Outcome {
+    let machine = sleeper()?;
+    let vm = machine.vm.as_raw_fd();
+    let event = EventFd::new(EFD_NONBLOCK)?;
+    machine.vm.register_irqfd(&event, 30)?;
+    let again = machine
+        .vm
+        .register_irqfd(&event, 31)
+        .map_err(|error| error.errno());
+    ensure!(again == Err(libc::EBUSY), "twice: {again:?}");
+    let mut table = [0u32; 10];
+    let mut set = |entries: &[[u32; 4]]| {
+        table[0] = entries.len() as u32;
+        table[2..2 + entries.len() * 4].copy_from_slice(entries.as_flattened());
+        ioctl(vm, 0x4008_b805, table.as_ptr() as u64)
+    };
+    ensure!(
+        errno(set(&[[30, 0xfee0_0000, 0, 0x40], [30, 0, 0, 0]])) == libc::EINVAL,
+        "number twice"
+    );
+    ensure!(
+        errno(set(&[[4096, 0, 0, 0]])) == libc::EINVAL,
+        "number too large"
+    );
+    ensure!(errno(set(&[[30, 0, 1, 0]])) == libc::EINVAL, "high address");
+    // Without a route nothing comes.
+    event.write(1)?;
+    interrupted_run(&machine)?;
+    ensure!(
+        set(&[[30, 0xfee0_0000, 0, 0x40], [5, 0, 0, 0]]).is_ok(),
+        "route"
+    );
+    // Signalled from another thread while the VP sleeps in its run.
+    let writer = event.try_clone()?;
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(30));
+        writer.write(1)
+    });
+    ensure!(machine.next_port_write()? == (0x20, 0x33), "port");
+    thread.join().map_err(|_| "thread")??;
+    ensure!(event.read().is_err(), "the event was not consumed");
+    machine.vm.unregister_irqfd(&event, 30)?;
+    event.write(1)?;
+    ensure!(event.read()? == 1, "the event was consumed");
+    Ok(())
+}
+
+fn large_region_costs_nothing_until_touched() -> Outcome {
+    const SIZE: u64 = 8 << 30;
+    let vm = Mshv::new()?.create_vm()?;
+    vm.initialize()?;
+    let memory = Memory::new(SIZE as usize)?;
+    vm.map_user_memory(mshv_user_mem_region {
+        size: SIZE,
+        guest_pfn: 0,
+        userspace_addr: memory.address(),
+        flags: 3,
+        ..Default::default()
+    })?;
+    // While nothing is tracked all is dirty; once it is, what was never touched is clean.
+    let mut bitmap = [0u8; 0x400];
+    let mut ask = |page_count: u64, base: u64, op: u8| {
+        let request = mshv_gpap_access_bitmap {
+            access_type: 1,
+            access_op: op,
+            page_count,
+            gpap_base: base,
+            bitmap_ptr: bitmap.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        ioctl(vm.as_raw_fd(), 0xc020_b806, &raw const request as u64).map(|_| bitmap)
+    };
+    ensure!(
+        ask(0x2000, 0, 1)?.iter().all(|byte| *byte == 0xff),
+        "all dirty"
+    );
+    ensure!(ask(8, (SIZE >> 12) - 4, 0)?[0] == 0x0f, "the end");
+    ensure!(errno(ask(0, 0, 0).map(|_| 0)) == libc::EINVAL, "no page");
+    ensure!(errno(ask(8, 0, 3).map(|_| 0)) == libc::EINVAL, "operation");
+    vm.enable_dirty_page_tracking()?;
+    ensure!(
+        ask(0x2000, 0, 1)?.iter().all(|byte| *byte == 0),
+        "all clean"
+    );
+    vm.disable_dirty_page_tracking()?;
+    Ok(())
+}
+
+fn partitions() -> io::Result<usize> {
+    let status = std::fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
+    let list = status.split("\"partitions\":[").nth(1).unwrap_or("");
+    Ok(list.matches("\"deposited_pages\"").count())
+}
+
+fn killed_owner_leaves_nothing() -> Outcome {
+    let before = partitions()?;
+    let mut child = Command::new("/proc/self/exe")
+        .arg(VICTIM)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    // It says when it runs.
+    let mut out = child.stdout.take().ok_or("no output")?;
+    io::Read::read_exact(&mut out, &mut [0])?;
+    std::thread::sleep(Duration::from_millis(50));
+    ensure!(partitions()? == before + 1, "the victim has no partition");
+    child.kill()?;
+    child.wait()?;
+    ensure!(partitions()? == before, "the partition is still there");
+    Ok(())
+}
+
+fn victim() -> Outcome {
+    let machine = Machine::new(&[0xeb, 0xfe])?;
+    println!("x");
+    loop {
+        interrupted_run(&machine)?;
+    }
+}
