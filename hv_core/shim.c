@@ -354,6 +354,7 @@ void hv_mshv_partition_release(void *partition);
 long hv_mshv_vp_ioctl(void *vp, unsigned int command, unsigned long argument);
 void *hv_mshv_vp_page(void *vp, unsigned long number);
 void hv_mshv_vp_release(void *vp);
+long hv_mshv_object_ioctl(unsigned int command, unsigned long argument);
 
 static long device_ioctl(struct file *file, unsigned int command, unsigned long argument)
 {
@@ -423,6 +424,17 @@ static const struct file_operations vp_fops = {
 	.llseek = noop_llseek,
 };
 
+static long object_ioctl(struct file *file, unsigned int command, unsigned long argument)
+{
+	return hv_mshv_object_ioctl(command, argument);
+}
+
+static const struct file_operations object_fops = {
+	.owner = THIS_MODULE,
+	.unlocked_ioctl = object_ioctl,
+	.llseek = noop_llseek,
+};
+
 int hv_sys_mshv_register(void);
 int hv_sys_mshv_register(void)
 {
@@ -446,6 +458,12 @@ int hv_sys_vp_fd(void *vp);
 int hv_sys_vp_fd(void *vp)
 {
 	return anon_inode_getfd("mshv_vp", &vp_fops, vp, O_RDWR | O_CLOEXEC);
+}
+
+int hv_sys_device_fd(void);
+int hv_sys_device_fd(void)
+{
+	return anon_inode_getfd("mshv_device", &object_fops, NULL, O_RDWR | O_CLOEXEC);
 }
 
 /* Memory: single pages for the hypervisor, charged to who asks, and pinned pages of user space. */

@@ -45,6 +45,7 @@ mod ffi {
         pub(super) fn hv_sys_mshv_deregister();
         pub(super) fn hv_sys_partition_fd(partition: *mut c_void) -> c_int;
         pub(super) fn hv_sys_vp_fd(vp: *mut c_void) -> c_int;
+        pub(super) fn hv_sys_device_fd() -> c_int;
         pub(super) fn hv_sys_alloc_single_pages(
             order: c_uint,
             owner: c_ulong,
@@ -136,7 +137,10 @@ impl Pages {
     pub(crate) fn new(order: u32) -> Result<Self> {
         // SAFETY: no precondition; process context.
         let address = unsafe { ffi::hv_sys_alloc_pages(order) };
-        Ok(Self { address: NonNull::new(address.cast()).ok_or(ENOMEM)?, order })
+        Ok(Self {
+            address: NonNull::new(address.cast()).ok_or(ENOMEM)?,
+            order,
+        })
     }
 
     /// Start in Linux' direct map.
@@ -244,6 +248,10 @@ pub(crate) fn call_on_cpu<R, F: FnMut() -> R>(_: &CpusLocked, cpu: u32, call: F)
         call: F,
         result: Option<R>,
     }
+    /// Calls a closure for C.
+    ///
+    /// # Safety
+    /// `data` must be a `Call` of these types.
     unsafe extern "C" fn trampoline<R, F: FnMut() -> R>(data: *mut c_void) {
         // SAFETY: `data` is the `Call` below, which outlives the call because the caller waits.
         let call = unsafe { &mut *data.cast::<Call<R, F>>() };
@@ -251,9 +259,7 @@ pub(crate) fn call_on_cpu<R, F: FnMut() -> R>(_: &CpusLocked, cpu: u32, call: F)
     }
     let mut data = Call { call, result: None };
     // SAFETY: waits for the end of the call; hotplug is held off.
-    let error = unsafe {
-        ffi::hv_sys_call_on_cpu(cpu, trampoline::<R, F>, (&raw mut data).cast())
-    };
+    let error = unsafe { ffi::hv_sys_call_on_cpu(cpu, trampoline::<R, F>, (&raw mut data).cast()) };
     kernel::error::to_result(error)?;
     data.result.ok_or(ENXIO)
 }
@@ -300,7 +306,7 @@ pub(crate) unsafe fn wrmsr(msr: u32, value: u64) -> Result {
 /// Whether a module of that name is loaded.
 pub(crate) fn module_loaded(name: &CStr) -> bool {
     // SAFETY: a C string; process context.
-    unsafe { ffi::hv_sys_module_loaded(name.as_ptr().cast()) }
+    unsafe { ffi::hv_sys_module_loaded(name.as_char_ptr().cast()) }
 }
 
 /// Registers the CPU hotplug callbacks without calling them.
@@ -412,6 +418,14 @@ pub(crate) unsafe fn partition_fd(partition: *mut c_void) -> Result<i32> {
 pub(crate) unsafe fn vp_fd(vp: *mut c_void) -> Result<i32> {
     // SAFETY: by the caller's promise.
     let fd = unsafe { ffi::hv_sys_vp_fd(vp) };
+    kernel::error::to_result(fd)?;
+    Ok(fd)
+}
+
+/// Gives the caller's process a device object.
+pub(crate) fn device_fd() -> Result<i32> {
+    // SAFETY: process context.
+    let fd = unsafe { ffi::hv_sys_device_fd() };
     kernel::error::to_result(fd)?;
     Ok(fd)
 }
@@ -539,8 +553,12 @@ pub(crate) fn interrupt_cpu(cpu: u32) {
     unsafe { ffi::hv_sys_interrupt_cpu(cpu) }
 }
 
+/// Calls a closure for C.
+///
+/// # Safety
+/// `data` must be a closure of that type.
 unsafe extern "C" fn call_shared<F: Fn() + Sync>(data: *mut c_void) {
-    // SAFETY: `data` is the closure of `call_on_each_cpu` or `call_on_one_cpu`, which wait.
+    // SAFETY: by the caller's promise.
     unsafe { (*data.cast::<F>())() }
 }
 
@@ -576,7 +594,9 @@ impl Alarm {
     /// A new one, not set.
     pub(crate) fn new() -> Result<Self> {
         // SAFETY: process context.
-        NonNull::new(unsafe { ffi::hv_sys_alarm_new() }).map(Self).ok_or(ENOMEM)
+        NonNull::new(unsafe { ffi::hv_sys_alarm_new() })
+            .map(Self)
+            .ok_or(ENOMEM)
     }
 
     /// Starts the timer of this CPU, in place of an earlier one.
@@ -681,7 +701,10 @@ impl EventHook {
         let hook = pointer_or_error(unsafe {
             ffi::hv_sys_irqfd_new(fd, event.0.as_ptr(), owner, &mut signalled)
         })?;
-        let this = Self { hook, event: event.0 };
+        let this = Self {
+            hook,
+            event: event.0,
+        };
         // The reference is the hook's now.
         core::mem::forget(event);
         Ok((this, signalled != 0))
@@ -710,7 +733,9 @@ impl Drop for EventHook {
 pub(crate) fn nanoseconds_until(deadline: u64) -> u64 {
     // SAFETY: every x86-64 processor has a TSC.
     let rest = deadline.saturating_sub(unsafe { core::arch::x86_64::_rdtsc() });
-    let khz = u64::from(unsafe { ffi::hv_sys_tsc_khz() }).max(1);
+    let khz = (tsc_hz() / 1000).max(1);
     // Beyond an hour the exact value does not matter, and it cannot overflow.
-    (rest.min(khz.saturating_mul(3_600_000)) * 1000).div_ceil(khz).saturating_mul(1000)
+    (rest.min(khz.saturating_mul(3_600_000)) * 1000)
+        .div_ceil(khz)
+        .saturating_mul(1000)
 }

@@ -27,7 +27,10 @@ const ABOUT_PARTITION: [u16; 14] = [
     code::GET_PARTITION_PROPERTY_EX,
 ];
 /// Allowed about the root.
-const ABOUT_ROOT: [u16; 2] = [code::GET_PARTITION_PROPERTY, code::GET_PARTITION_PROPERTY_EX];
+const ABOUT_ROOT: [u16; 2] = [
+    code::GET_PARTITION_PROPERTY,
+    code::GET_PARTITION_PROPERTY_EX,
+];
 
 const SIGNAL_EVENT_DIRECT: u16 = 0xc0;
 const POST_MESSAGE_DIRECT: u16 = 0xc1;
@@ -41,7 +44,10 @@ fn pass(
     call: impl FnOnce(u16, u16, &Pages) -> Passed,
 ) -> Result {
     let mut envelope: uapi::RootHvcall = read(argument)?;
-    let (input_size, output_size) = (usize::from(envelope.input_size), usize::from(envelope.output_size));
+    let (input_size, output_size) = (
+        usize::from(envelope.input_size),
+        usize::from(envelope.output_size),
+    );
     if envelope.status != 0
         || envelope.reserved != [0; 6]
         || envelope.input == 0
@@ -78,14 +84,22 @@ fn pass(
 /// On the device: about the root.
 pub(super) fn on_device(argument: usize) -> Result {
     let winhv = root::winhv()?;
-    pass(argument, PARTITION_SELF, &ABOUT_ROOT, |code, reps, pages| winhv.pass(code, reps, pages))
+    pass(
+        argument,
+        PARTITION_SELF,
+        &ABOUT_ROOT,
+        |code, reps, pages| winhv.pass(code, reps, pages),
+    )
 }
 
 /// On a partition.
 pub(super) fn on_partition(partition: &Partition, argument: usize) -> Result {
-    pass(argument, partition.id(), &ABOUT_PARTITION, |code, reps, pages| {
-        partition.pass_exclusively(code, reps, pages)
-    })
+    pass(
+        argument,
+        partition.id(),
+        &ABOUT_PARTITION,
+        |code, reps, pages| partition.pass_exclusively(code, reps, pages),
+    )
 }
 
 /// On a VP: about its partition, while it does not run. Properties are the partition's own matter.

@@ -9,6 +9,7 @@
 //!
 //! Each file holds the module; a VP's file holds its partition.
 
+mod device;
 mod hvcall;
 mod partition;
 mod uapi;
@@ -60,12 +61,16 @@ const ALL_FLAGS: u64 = 0x3f;
 
 /// Reads a structure of user space.
 fn read<T: FromBytes>(address: usize) -> Result<T> {
-    UserSlice::new(UserPtr::from_addr(address), size_of::<T>()).reader().read()
+    UserSlice::new(UserPtr::from_addr(address), size_of::<T>())
+        .reader()
+        .read()
 }
 
 /// Writes a structure to user space.
 fn write<T: AsBytes>(address: usize, value: &T) -> Result {
-    UserSlice::new(UserPtr::from_addr(address), size_of::<T>()).writer().write(value)
+    UserSlice::new(UserPtr::from_addr(address), size_of::<T>())
+        .writer()
+        .write(value)
 }
 
 /// An address that user space gave as a number.
@@ -129,7 +134,11 @@ extern "C" fn hv_mshv_device_ioctl(command: c_uint, argument: c_ulong) -> c_long
 
 /// ioctl on a partition.
 #[no_mangle]
-extern "C" fn hv_mshv_partition_ioctl(data: *mut c_void, command: c_uint, argument: c_ulong) -> c_long {
+extern "C" fn hv_mshv_partition_ioctl(
+    data: *mut c_void,
+    command: c_uint,
+    argument: c_ulong,
+) -> c_long {
     // SAFETY: the data of a partition file is an `Arc<Partition>` made raw, which the file keeps.
     let partition = unsafe { Arc::from_raw(data.cast::<Partition>().cast_const()) };
     let result = partition::ioctl(&partition, command, argument as usize);

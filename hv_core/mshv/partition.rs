@@ -6,8 +6,10 @@ use kernel::sync::Arc;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use super::vp::VpFile;
-use super::{address, hvcall, read, uapi};
-use crate::root::{AccessQuery, DoorbellRequest, IrqfdRequest, Partition, Region, Route, Routes, MAX_ROUTES};
+use super::{address, device, hvcall, read, uapi};
+use crate::root::{
+    AccessQuery, DoorbellRequest, IrqfdRequest, Partition, Region, Route, Routes, MAX_ROUTES,
+};
 use crate::sys::EventFd;
 
 /// `MSHV_SET_MEM_BIT_*`.
@@ -46,6 +48,7 @@ pub(super) fn ioctl(partition: &Arc<Partition>, command: u32, argument: usize) -
         uapi::IOEVENTFD => ioeventfd(partition, argument),
         uapi::SET_MSI_ROUTING => set_routes(partition, argument),
         uapi::GET_GPAP_ACCESS_BITMAP => access_bitmap(partition, argument),
+        uapi::CREATE_DEVICE => device::create(argument),
         uapi::ROOT_HVCALL => hvcall::on_partition(partition, argument),
         _ => Err(ENOTTY),
     }?;
@@ -83,7 +86,12 @@ fn irqfd(partition: &Partition, argument: usize) -> Result {
     } else {
         None
     };
-    partition.add_irqfd(IrqfdRequest { fd: request.fd, event, resample, gsi: request.gsi })
+    partition.add_irqfd(IrqfdRequest {
+        fd: request.fd,
+        event,
+        resample,
+        gsi: request.gsi,
+    })
 }
 
 fn ioeventfd(partition: &Partition, argument: usize) -> Result {
@@ -115,7 +123,9 @@ fn set_routes(partition: &Partition, argument: usize) -> Result {
     if count > MAX_ROUTES || table.reserved != 0 {
         return Err(EINVAL);
     }
-    let entries = argument.checked_add(size_of::<uapi::RouteTable>()).ok_or(EFAULT)?;
+    let entries = argument
+        .checked_add(size_of::<uapi::RouteTable>())
+        .ok_or(EFAULT)?;
     let length = count * size_of::<uapi::RouteEntry>();
     let mut reader = UserSlice::new(UserPtr::from_addr(entries), length).reader();
     let mut routes = Routes::new();
@@ -148,6 +158,9 @@ fn access_bitmap(partition: &Partition, argument: usize) -> Result {
     }
     let mut writer =
         UserSlice::new(UserPtr::from_addr(address(query.bitmap)?), address(bytes)?).writer();
-    let query = AccessQuery { gfn: query.base, count: query.page_count };
+    let query = AccessQuery {
+        gfn: query.base,
+        count: query.page_count,
+    };
     partition.access_bitmap(query, |piece| writer.write_slice(piece))
 }

@@ -22,6 +22,14 @@ pub(super) const IOEVENTFD: u32 = 0x4020_b804;
 pub(super) const SET_MSI_ROUTING: u32 = 0x4008_b805;
 /// `MSHV_GET_GPAP_ACCESS_BITMAP`.
 pub(super) const GET_GPAP_ACCESS_BITMAP: u32 = 0xc020_b806;
+/// `MSHV_CREATE_DEVICE`.
+pub(super) const CREATE_DEVICE: u32 = 0xc00c_b808;
+/// `MSHV_SET_DEVICE_ATTR`, on a device object, as are the next two.
+pub(super) const SET_DEVICE_ATTR: u32 = 0x4018_b800;
+/// `MSHV_GET_DEVICE_ATTR`.
+pub(super) const GET_DEVICE_ATTR: u32 = 0x4018_b801;
+/// `MSHV_HAS_DEVICE_ATTR`.
+pub(super) const HAS_DEVICE_ATTR: u32 = 0x4018_b802;
 /// `MSHV_RUN_VP`, on a VP, as are the next two.
 pub(super) const RUN_VP: u32 = 0x8100_b800;
 /// `MSHV_GET_VP_STATE`.
@@ -132,5 +140,20 @@ arguments! {
         reserved: [u8; 3],
         size: u32,
         buffer: u64,
+    }
+
+    /// `mshv_create_device` of the crates.
+    CreateDevice, 12: {
+        kind: u32,
+        fd: u32,
+        flags: u32,
+    }
+
+    /// `mshv_device_attr` of the crates.
+    DeviceAttribute, 24: {
+        flags: u32,
+        group: u32,
+        number: u64,
+        address: u64,
     }
 }

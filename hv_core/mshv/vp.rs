@@ -20,7 +20,10 @@ pub(super) struct VpFile {
 impl VpFile {
     /// Gives the current process a file for a VP of the partition.
     pub(super) fn open(partition: &Arc<Partition>, vp: &Vp) -> Result<i32> {
-        let file = Self { partition: partition.clone(), vp: NonNull::from(vp) };
+        let file = Self {
+            partition: partition.clone(),
+            vp: NonNull::from(vp),
+        };
         let file = KBox::into_raw(KBox::new(file, GFP_KERNEL)?);
         // SAFETY: what the callbacks expect.
         unsafe { sys::vp_fd(file.cast()) }.inspect_err(|_| {
@@ -52,7 +55,11 @@ impl VpFile {
     fn state(&self, argument: usize, set: bool) -> Result {
         let mut request: uapi::VpState = read(argument)?;
         let given = request.size as usize;
-        if request.reserved != [0; 3] || given == 0 || given % 4096 != 0 || request.buffer % 4096 != 0 {
+        if request.reserved != [0; 3]
+            || given == 0
+            || given % 4096 != 0
+            || request.buffer % 4096 != 0
+        {
             return Err(EINVAL);
         }
         let kind = StateKind::from_user(request.kind)?;
@@ -68,14 +75,21 @@ impl VpFile {
             let whole = size.next_multiple_of(4096);
             let mut data = KVec::from_elem(0u8, whole, GFP_KERNEL)?;
             // Timers are shorter than a page, and only they count.
-            let length = if kind == StateKind::SyntheticTimers { size } else { whole };
+            let length = if kind == StateKind::SyntheticTimers {
+                size
+            } else {
+                whole
+            };
             let buffer = UserSlice::new(UserPtr::from_addr(address(request.buffer)?), length);
             let data_of_user = data.get_mut(..length).ok_or(EIO)?;
             if set {
                 buffer.reader().read_slice(data_of_user)?;
-                return self.vp().transfer_state(&self.partition, kind, true, &mut data);
+                return self
+                    .vp()
+                    .transfer_state(&self.partition, kind, true, &mut data);
             }
-            self.vp().transfer_state(&self.partition, kind, false, &mut data)?;
+            self.vp()
+                .transfer_state(&self.partition, kind, false, &mut data)?;
             buffer.writer().write_slice(data.get(..length).ok_or(EIO)?)
         })
     }

@@ -24,9 +24,21 @@ macro_rules! parameters {
 }
 
 parameters!(
-    AssertVirtualInterrupt, CreatePartition, CreateVp, DeleteVp, GetPartitionProperty, MapGpaPages,
-    MapVpStatePage, PartitionId, RegisterAssoc, SetPartitionProperty, UnmapGpaPages,
-    UnmapVpStatePage, VpRegisters, VpState, WithdrawMemory
+    AssertVirtualInterrupt,
+    CreatePartition,
+    CreateVp,
+    DeleteVp,
+    GetPartitionProperty,
+    MapGpaPages,
+    MapVpStatePage,
+    PartitionId,
+    RegisterAssoc,
+    SetPartitionProperty,
+    UnmapGpaPages,
+    UnmapVpStatePage,
+    VpRegisters,
+    VpState,
+    WithdrawMemory
 );
 
 /// The errno that `/dev/mshv` documents for a status.
@@ -80,7 +92,11 @@ impl Calls {
     pub(crate) fn new(vendor: Vendor) -> Result<Self> {
         let mut pages = KVec::new();
         for cpu in 0..sys::cpu_count() {
-            let pair = if sys::cpu_possible(cpu) { Some(Pages::new(1)?) } else { None };
+            let pair = if sys::cpu_possible(cpu) {
+                Some(Pages::new(1)?)
+            } else {
+                None
+            };
             pages.push(pair, GFP_KERNEL)?;
         }
         Ok(Self { vendor, pages })
@@ -106,22 +122,45 @@ impl Calls {
 
     /// A call through the pages of this CPU, any context: `input` one after the other goes in, `output` comes
     /// back (zero where the image wrote nothing).
-    pub(crate) fn paged(&self, control: u64, input: [&[u8]; 2], output: &mut [u8]) -> Result<Answer> {
+    pub(crate) fn paged(
+        &self,
+        control: u64,
+        input: [&[u8]; 2],
+        output: &mut [u8],
+    ) -> Result<Answer> {
         let length = input[0].len().checked_add(input[1].len()).ok_or(EINVAL)?;
         if length > PAGE || output.len() > PAGE {
             return Err(EINVAL);
         }
         let _irqs = IrqsOff::new();
-        let pages = self.pages.get(sys::this_cpu() as usize).and_then(Option::as_ref).ok_or(ENODEV)?;
+        let pages = self
+            .pages
+            .get(sys::this_cpu() as usize)
+            .and_then(Option::as_ref)
+            .ok_or(ENODEV)?;
         let page = pages.address();
         // SAFETY: with interrupts off the pair of this CPU is ours alone. It has two pages, and the lengths were
         // checked. The image writes to the second during the call only.
         unsafe {
             core::ptr::copy_nonoverlapping(input[0].as_ptr(), page, input[0].len());
-            core::ptr::copy_nonoverlapping(input[1].as_ptr(), page.add(input[0].len()), input[1].len());
+            core::ptr::copy_nonoverlapping(
+                input[1].as_ptr(),
+                page.add(input[0].len()),
+                input[1].len(),
+            );
             core::ptr::write_bytes(page.add(PAGE), 0, output.len());
         }
-        let answer = self.raw(control, pages.spa(), pages.spa() + PAGE as u64);
+        // The image does a bounded number of elements at a time and wants the call again for the rest (TLFS 3.7).
+        let count = Control(control).rep_count();
+        let mut control = control;
+        let answer = loop {
+            let answer = self.raw(control, pages.spa(), pages.spa() + PAGE as u64);
+            let start = Control(control).rep_start();
+            if !answer.status.is_success() || answer.reps >= count || answer.reps <= start {
+                break answer;
+            }
+            control = control & !(0xfff << 48) | u64::from(answer.reps) << 48;
+        };
         // SAFETY: as above.
         unsafe {
             core::ptr::copy_nonoverlapping(page.add(PAGE), output.as_mut_ptr(), output.len());
@@ -136,7 +175,11 @@ impl Calls {
         input: &I,
         output: &mut O,
     ) -> Result<Answer> {
-        self.paged(Control::simple(code, false).0, [bytes(input), &[]], bytes_mut(output))
+        self.paged(
+            Control::simple(code, false).0,
+            [bytes(input), &[]],
+            bytes_mut(output),
+        )
     }
 }
 

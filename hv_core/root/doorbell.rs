@@ -59,12 +59,19 @@ impl Doorbells {
     fn at(&self, port: bool, address: u64) -> &[DoorbellRequest] {
         let from = self.0.partition_point(|bell| bell.key() < (port, address));
         let rest = self.0.get(from..).unwrap_or(&[]);
-        let count = rest.iter().take_while(|bell| bell.key() == (port, address)).count();
+        let count = rest
+            .iter()
+            .take_while(|bell| bell.key() == (port, address))
+            .count();
         rest.get(..count).unwrap_or(&[])
     }
 
     fn add(&mut self, bell: DoorbellRequest) -> Result {
-        if self.at(bell.port, bell.address).iter().any(|other| other.collides(&bell)) {
+        if self
+            .at(bell.port, bell.address)
+            .iter()
+            .any(|other| other.collides(&bell))
+        {
             return Err(EEXIST);
         }
         if self.0.len() >= MOST {
@@ -72,7 +79,9 @@ impl Doorbells {
         }
         self.0.reserve(1, GFP_KERNEL_ACCOUNT)?;
         let index = self.0.partition_point(|other| other.key() < bell.key());
-        self.0.insert_within_capacity(index, bell).map_err(|_| ENOMEM)
+        self.0
+            .insert_within_capacity(index, bell)
+            .map_err(|_| ENOMEM)
     }
 
     /// Clients do not repeat length and data: without data in the request, place and event decide.
@@ -82,7 +91,10 @@ impl Doorbells {
                 && bell.event == like.event
                 && (like.data.is_none() || (bell.data == like.data && bell.length == like.length))
         });
-        self.0.remove(index.ok_or(ENOENT)?).map(drop).map_err(|_| ENOENT)
+        self.0
+            .remove(index.ok_or(ENOENT)?)
+            .map(drop)
+            .map_err(|_| ENOENT)
     }
 }
 
@@ -105,8 +117,12 @@ impl Partition {
             return Ok(false);
         }
         let count = usize::from(message[PAYLOAD + 44]).min(16);
-        let bytes = message.get(PAYLOAD + 64..PAYLOAD + 64 + count).unwrap_or(&[]);
-        let Some(store) = decode_store(bytes, mode(message)) else { return Ok(false) };
+        let bytes = message
+            .get(PAYLOAD + 64..PAYLOAD + 64 + count)
+            .unwrap_or(&[]);
+        let Some(store) = decode_store(bytes, mode(message)) else {
+            return Ok(false);
+        };
         let Some(bell) = pick(bells, u32::from(store.size), || {
             let register = match store.source {
                 Source::Register(number, _) => {
@@ -135,7 +151,11 @@ impl Partition {
             return Ok(false);
         }
         let size = u32::from(info & 7);
-        let mask = if size >= 4 { 0xffff_ffff } else { (1u64 << (size * 8)) - 1 };
+        let mask = if size >= 4 {
+            0xffff_ffff
+        } else {
+            (1u64 << (size * 8)) - 1
+        };
         let Some(bell) = pick(bells, size, || Ok(quad(message, PAYLOAD + 48) & mask))? else {
             return Ok(false);
         };
@@ -146,7 +166,11 @@ impl Partition {
 
     fn step_over(&self, vp: &Vp, message: &Message, length: u64) -> Result {
         let next = quad(message, PAYLOAD + 24).wrapping_add(length);
-        let next = if mode(message) == Mode::Bits64 { next } else { next & 0xffff_ffff };
+        let next = if mode(message) == Mode::Bits64 {
+            next
+        } else {
+            next & 0xffff_ffff
+        };
         vp.set_register(self, REGISTER_RIP, next)
     }
 }
@@ -165,14 +189,20 @@ fn pick<'a>(
         return Ok(None);
     }
     let value = value()?;
-    Ok(bells.iter().filter(fits).find(|bell| bell.data == Some(value)))
+    Ok(bells
+        .iter()
+        .filter(fits)
+        .find(|bell| bell.data == Some(value)))
 }
 
 /// Mode of the code that made a message: EFER.LMA, and L and D of CS.
 fn mode(message: &Message) -> Mode {
     let long = word(message, PAYLOAD + 6) & (1 << 4) != 0;
     let attributes = word(message, PAYLOAD + 8 + 14);
-    match (long && attributes & (1 << 13) != 0, attributes & (1 << 14) != 0) {
+    match (
+        long && attributes & (1 << 13) != 0,
+        attributes & (1 << 14) != 0,
+    ) {
         (true, _) => Mode::Bits64,
         (_, true) => Mode::Bits32,
         _ => Mode::Bits16,

@@ -101,7 +101,10 @@ pub(crate) struct Routes {
 impl Routes {
     /// Without routes.
     pub(crate) fn new() -> Self {
-        Self { table: KVVec::new(), named: [0; MAX_ROUTES / 64] }
+        Self {
+            table: KVVec::new(),
+            named: [0; MAX_ROUTES / 64],
+        }
     }
 
     /// Adds a route; `EINVAL` if its number is too large or was named before.
@@ -112,7 +115,8 @@ impl Routes {
             return Err(EINVAL);
         }
         if self.table.len() <= index {
-            self.table.resize(index + 1, Route::NONE, GFP_KERNEL_ACCOUNT)?;
+            self.table
+                .resize(index + 1, Route::NONE, GFP_KERNEL_ACCOUNT)?;
         }
         *named |= 1 << (index % 64);
         *self.table.get_mut(index).ok_or(EINVAL)? = route;
@@ -133,7 +137,10 @@ pub(crate) struct Interrupts {
 impl Interrupts {
     /// None.
     pub(super) fn new() -> Self {
-        Self { routes: Routes::new(), irqfds: KVVec::new() }
+        Self {
+            routes: Routes::new(),
+            irqfds: KVVec::new(),
+        }
     }
 
     /// Removes all events. Afterwards none comes.
@@ -155,7 +162,9 @@ extern "C" fn hv_root_irqfd_signalled(owner: *mut c_void) {
 impl Partition {
     /// Asserts the interrupt of a route. Any context; an interrupt that cannot be delivered is lost, as on a bus.
     fn assert_route(&self, route: Route) {
-        let Some(input) = route.to_call(self.id()) else { return };
+        let Some(input) = route.to_call(self.id()) else {
+            return;
+        };
         let control = Control::simple(code::ASSERT_VIRTUAL_INTERRUPT, false).0;
         let answer = self.paged_once(control, bytes(&input));
         if answer.and_then(|answer| errno(answer.status)).is_ok() {
@@ -168,7 +177,10 @@ impl Partition {
         let mut interrupts = self.interrupts.lock();
         interrupts.routes = routes;
         for irqfd in interrupts.irqfds.iter() {
-            irqfd.source.route.store(interrupts.routes.get(irqfd.gsi).0, Ordering::Release);
+            irqfd
+                .source
+                .route
+                .store(interrupts.routes.get(irqfd.gsi).0, Ordering::Release);
         }
     }
 
@@ -177,7 +189,11 @@ impl Partition {
         let mut interrupts = self.interrupts.lock();
         // Those whose last descriptor is closed cannot be removed by anybody else.
         interrupts.irqfds.retain(|irqfd| !irqfd.hook.is_closed());
-        if interrupts.irqfds.iter().any(|irqfd| irqfd.hook.is_on(&request.event)) {
+        if interrupts
+            .irqfds
+            .iter()
+            .any(|irqfd| irqfd.hook.is_on(&request.event))
+        {
             return Err(EBUSY);
         }
         if interrupts.irqfds.len() >= MAX_ROUTES {
@@ -188,12 +204,20 @@ impl Partition {
             return Err(EINVAL);
         }
         interrupts.irqfds.reserve(1, GFP_KERNEL_ACCOUNT)?;
-        let source = Source { partition: self, route: AtomicU64::new(route.0) };
+        let source = Source {
+            partition: self,
+            route: AtomicU64::new(route.0),
+        };
         let source = KBox::new(source, GFP_KERNEL_ACCOUNT)?;
         let owner = (&raw const *source).cast_mut().cast();
         // SAFETY: the source outlives the hook (the order of the fields), and the partition removes both.
         let (hook, signalled) = unsafe { EventHook::new(request.fd, request.event, owner)? };
-        let irqfd = Irqfd { hook, source, resample: request.resample, gsi: request.gsi };
+        let irqfd = Irqfd {
+            hook,
+            source,
+            resample: request.resample,
+            gsi: request.gsi,
+        };
         interrupts.irqfds.push(irqfd, GFP_KERNEL_ACCOUNT)?;
         if signalled {
             self.assert_route(route);
@@ -203,7 +227,10 @@ impl Partition {
 
     /// Ends that. No matter whether it was so; afterwards the event asserts nothing.
     pub(crate) fn remove_irqfd(&self, event: &EventFd, gsi: u32) {
-        self.interrupts.lock().irqfds.retain(|irqfd| irqfd.gsi != gsi || !irqfd.hook.is_on(event));
+        self.interrupts
+            .lock()
+            .irqfds
+            .retain(|irqfd| irqfd.gsi != gsi || !irqfd.hook.is_on(event));
     }
 
     /// A guest ended a level-triggered interrupt: events that want to know are told. True if there was one.

@@ -53,14 +53,28 @@ pub(crate) enum Fault {
 
 impl Region {
     /// A region that is not part of a partition yet.
-    pub(crate) fn new(start: u64, size: u64, address: u64, writable: bool, executable: bool) -> Result<Self> {
+    pub(crate) fn new(
+        start: u64,
+        size: u64,
+        address: u64,
+        writable: bool,
+        executable: bool,
+    ) -> Result<Self> {
         let pages = size / 4096;
         let end = start.checked_add(pages).ok_or(EINVAL)?;
         if size == 0 || size % 4096 != 0 || address % 4096 != 0 || end > GUEST_PAGES {
             return Err(EINVAL);
         }
         address.checked_add(size).ok_or(EINVAL)?;
-        Ok(Self { start, pages, address, writable, executable, chunks: RBTree::new(), mapped: 0 })
+        Ok(Self {
+            start,
+            pages,
+            address,
+            writable,
+            executable,
+            chunks: RBTree::new(),
+            mapped: 0,
+        })
     }
 
     fn end(&self) -> u64 {
@@ -113,17 +127,29 @@ impl Region {
         let number = offset / CHUNK as u64;
         if self.chunks.get(&number).is_none() {
             let chunk = KBox::new([PinnedPage::NONE; CHUNK], GFP_KERNEL_ACCOUNT)?;
-            self.chunks.try_create_and_insert(number, chunk, GFP_KERNEL_ACCOUNT)?;
+            self.chunks
+                .try_create_and_insert(number, chunk, GFP_KERNEL_ACCOUNT)?;
         }
         let first = number * CHUNK as u64;
         let length = (self.pages - first).min(CHUNK as u64) as usize;
         let index = (offset - first) as usize;
-        let (start, address, writable, flags) = (self.start + first, self.address, self.writable, self.flags());
+        let (start, address, writable, flags) = (
+            self.start + first,
+            self.address,
+            self.writable,
+            self.flags(),
+        );
         let chunk = self.chunks.get_mut(&number).ok_or(EIO)?;
         let chunk = chunk.get_mut(..length).ok_or(EIO)?;
         // The pages not yet there around the one that is wanted.
-        let from = chunk[..index].iter().rposition(|page| *page != PinnedPage::NONE).map_or(0, |last| last + 1);
-        let to = chunk[index..].iter().position(|page| *page != PinnedPage::NONE).map_or(length, |next| index + next);
+        let from = chunk[..index]
+            .iter()
+            .rposition(|page| *page != PinnedPage::NONE)
+            .map_or(0, |last| last + 1);
+        let to = chunk[index..]
+            .iter()
+            .position(|page| *page != PinnedPage::NONE)
+            .map_or(length, |next| index + next);
         let at = |index: usize| address + (first + index as u64) * 4096;
         let mut begin = from;
         let mut pinned = sys::pin_pages(at(from), writable, &mut chunk[from..to]).unwrap_or(0);
@@ -166,11 +192,16 @@ impl Region {
                     ..Default::default()
                 };
                 let count = run.len() as u16;
-                let answer = partition.rep(code::UNMAP_GPA_PAGES, count, [bytes(&head), &[]], &mut [])?;
+                let answer =
+                    partition.rep(code::UNMAP_GPA_PAGES, count, [bytes(&head), &[]], &mut [])?;
                 match errno(answer.status) {
                     Ok(()) | Err(ENODEV) => {}
                     Err(error) => {
-                        pr_warn!("partition {}: memory cannot be unmapped: {:?}\n", partition.id(), error);
+                        pr_warn!(
+                            "partition {}: memory cannot be unmapped: {:?}\n",
+                            partition.id(),
+                            error
+                        );
                         return Err(error);
                     }
                 }
@@ -203,7 +234,10 @@ impl Region {
 fn next_run(chunk: &[PinnedPage], index: usize) -> Option<core::ops::Range<usize>> {
     let rest = chunk.get(index..)?;
     let start = index + rest.iter().position(|page| *page != PinnedPage::NONE)?;
-    let length = chunk[start..].iter().take_while(|page| **page != PinnedPage::NONE).count();
+    let length = chunk[start..]
+        .iter()
+        .take_while(|page| **page != PinnedPage::NONE)
+        .count();
     Some(start..start + length)
 }
 
@@ -259,7 +293,9 @@ pub(crate) struct Memory {
 impl Memory {
     /// None.
     pub(super) fn new() -> Self {
-        Self { regions: RBTree::new() }
+        Self {
+            regions: RBTree::new(),
+        }
     }
 
     /// First page of the last region that starts at or before `gfn`.
@@ -280,11 +316,16 @@ impl Memory {
     pub(super) fn add(&mut self, region: Region) -> Result {
         // The last that starts inside it or before it decides.
         if let Some(start) = self.start_before(region.end() - 1) {
-            if self.regions.get(&start).is_some_and(|other| other.end() > region.start) {
+            if self
+                .regions
+                .get(&start)
+                .is_some_and(|other| other.end() > region.start)
+            {
                 return Err(EEXIST);
             }
         }
-        self.regions.try_create_and_insert(region.start, region, GFP_KERNEL_ACCOUNT)?;
+        self.regions
+            .try_create_and_insert(region.start, region, GFP_KERNEL_ACCOUNT)?;
         Ok(())
     }
 
@@ -302,13 +343,23 @@ impl Memory {
         if gfn >= GUEST_PAGES {
             return Ok(Fault::NotMemory);
         }
-        let Some(start) = self.start_before(gfn) else { return Ok(Fault::NotMemory) };
-        let Some(region) = self.regions.get_mut(&start).filter(|region| gfn < region.end()) else {
+        let Some(start) = self.start_before(gfn) else {
+            return Ok(Fault::NotMemory);
+        };
+        let Some(region) = self
+            .regions
+            .get_mut(&start)
+            .filter(|region| gfn < region.end())
+        else {
             return Ok(Fault::NotMemory);
         };
         let offset = gfn - start;
         if region.is_mapped(offset) {
-            return Ok(if region.allows(kind) { Fault::Mapped } else { Fault::Denied });
+            return Ok(if region.allows(kind) {
+                Fault::Mapped
+            } else {
+                Fault::Denied
+            });
         }
         match region.populate(partition, offset) {
             Ok(()) => Ok(Fault::Mapped),
@@ -329,9 +380,11 @@ impl Memory {
 
     /// Regions, their pages, and the pages mapped.
     pub(super) fn sizes(&self) -> (u64, u64, u64) {
-        self.regions.values().fold((0, 0, 0), |(regions, pages, mapped), region| {
-            (regions + 1, pages + region.pages, mapped + region.mapped)
-        })
+        self.regions
+            .values()
+            .fold((0, 0, 0), |(regions, pages, mapped), region| {
+                (regions + 1, pages + region.pages, mapped + region.mapped)
+            })
     }
 
     /// Access bits of `count` pages from `gfn` on, which fit `bits`. While nothing is tracked, every page of a
@@ -366,7 +419,9 @@ impl Memory {
 
     /// First page of the first region behind `gfn`.
     fn next_start(&self, gfn: u64) -> Option<u64> {
-        self.regions.cursor_lower_bound(&gfn).map(|cursor| *cursor.current().0)
+        self.regions
+            .cursor_lower_bound(&gfn)
+            .map(|cursor| *cursor.current().0)
     }
 }
 
@@ -374,7 +429,12 @@ fn pr_warn_ratelimited(partition: u64, gfn: u64, error: Error) {
     use core::sync::atomic::{AtomicU32, Ordering};
     static SAID: AtomicU32 = AtomicU32::new(0);
     if SAID.fetch_add(1, Ordering::Relaxed) < 10 {
-        pr_warn!("partition {}: page {:#x} of guest memory is missing: {:?}\n", partition, gfn, error);
+        pr_warn!(
+            "partition {}: page {:#x} of guest memory is missing: {:?}\n",
+            partition,
+            gfn,
+            error
+        );
     }
 }
 

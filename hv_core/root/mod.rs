@@ -133,11 +133,15 @@ impl Winhv {
     }
 
     fn enlist(&self, partition: &Partition) -> Result {
-        self.partitions.lock().push(PartitionLink(partition), GFP_KERNEL)?;
+        self.partitions
+            .lock()
+            .push(PartitionLink(partition), GFP_KERNEL)?;
         Ok(())
     }
 
     fn delist(&self, partition: &Partition) {
-        self.partitions.lock().retain(|link| !ptr::eq(link.0, partition));
+        self.partitions
+            .lock()
+            .retain(|link| !ptr::eq(link.0, partition));
     }
 }

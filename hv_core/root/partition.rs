@@ -85,7 +85,11 @@ pub(crate) struct Passed {
 /// the target into the input.
 fn pass(winhv: &Winhv, pool: &Pool, code: u16, reps: u16, pages: &Pages) -> Passed {
     let (input, output) = (pages.spa(), pages.spa() + 4096);
-    let mut last = Answer { status: HvStatus::SUCCESS, reps: 0, value: 0 };
+    let mut last = Answer {
+        status: HvStatus::SUCCESS,
+        reps: 0,
+        value: 0,
+    };
     let result = pool.call(winhv, |done| {
         let control = if reps == 0 {
             Control::simple(code, false).0
@@ -96,7 +100,11 @@ fn pass(winhv: &Winhv, pool: &Pool, code: u16, reps: u16, pages: &Pages) -> Pass
         Ok(last)
     });
     let result = result.and_then(|answer| errno(answer.status));
-    Passed { status: last.status, reps: if reps == 0 { 0 } else { last.reps }, result }
+    Passed {
+        status: last.status,
+        reps: if reps == 0 { 0 } else { last.reps },
+        result,
+    }
 }
 
 impl Winhv {
@@ -115,7 +123,9 @@ impl Partition {
             mm.into()
         };
         let input = CreatePartition {
-            flags: creation::EXO_PARTITION | creation::INTERCEPT_MESSAGE_PAGE_ENABLED | wanted.flags,
+            flags: creation::EXO_PARTITION
+                | creation::INTERCEPT_MESSAGE_PAGE_ENABLED
+                | wanted.flags,
             compatibility_version: COMPATIBILITY_VERSION,
             disabled_processor_features: wanted.disabled_features,
             disabled_xsave_features: wanted.disabled_xsave,
@@ -158,7 +168,9 @@ impl Partition {
 
     /// Memory is looked up in the address space of the creator; no other may drive the partition.
     pub(super) fn check_caller(&self) -> Result {
-        let same = current!().mm().is_some_and(|mm| ptr::eq(mm.as_raw(), self.mm.as_raw()));
+        let same = current!()
+            .mm()
+            .is_some_and(|mm| ptr::eq(mm.as_raw(), self.mm.as_raw()));
         if same {
             Ok(())
         } else {
@@ -170,15 +182,24 @@ impl Partition {
     pub(crate) fn initialize(&self) -> Result {
         let mut life = self.life.lock();
         if !life.initialized {
-            let input = PartitionId { partition_id: self.id };
-            errno(self.simple(code::INITIALIZE_PARTITION, &input, &mut [0u8; 0])?.status)?;
+            let input = PartitionId {
+                partition_id: self.id,
+            };
+            errno(
+                self.simple(code::INITIALIZE_PARTITION, &input, &mut [0u8; 0])?
+                    .status,
+            )?;
             life.initialized = true;
         }
         Ok(())
     }
 
     /// Creates VP `index`, or finds the one whose file could not be made, and gives it to `open`.
-    pub(crate) fn create_vp(&self, index: u32, open: impl FnOnce(&Vp) -> Result<i32>) -> Result<i32> {
+    pub(crate) fn create_vp(
+        &self,
+        index: u32,
+        open: impl FnOnce(&Vp) -> Result<i32>,
+    ) -> Result<i32> {
         let slot = self.vps.get(index as usize).ok_or(EINVAL)?;
         let _life = self.life.lock();
         if slot.load(Ordering::Acquire).is_null() {
@@ -198,7 +219,12 @@ impl Partition {
     /// VP `index`.
     pub(super) fn vp(&self, index: u32) -> Option<&Vp> {
         // SAFETY: a VP in the table lives as long as the partition.
-        unsafe { self.vps.get(index as usize)?.load(Ordering::Acquire).as_ref() }
+        unsafe {
+            self.vps
+                .get(index as usize)?
+                .load(Ordering::Acquire)
+                .as_ref()
+        }
     }
 
     fn all_vps(&self) -> impl Iterator<Item = &Vp> {
@@ -235,12 +261,20 @@ impl Partition {
         input: &I,
         output: &mut O,
     ) -> Result<Answer> {
-        self.pool.call(self.winhv, |_| self.winhv.calls.simple(code, input, output))
+        self.pool
+            .call(self.winhv, |_| self.winhv.calls.simple(code, input, output))
     }
 
     /// A call with this control word, repeated while it lacks memory.
-    pub(super) fn paged(&self, control: u64, input: [&[u8]; 2], output: &mut [u8]) -> Result<Answer> {
-        self.pool.call(self.winhv, |_| self.winhv.calls.paged(control, input, output))
+    pub(super) fn paged(
+        &self,
+        control: u64,
+        input: [&[u8]; 2],
+        output: &mut [u8],
+    ) -> Result<Answer> {
+        self.pool.call(self.winhv, |_| {
+            self.winhv.calls.paged(control, input, output)
+        })
     }
 
     /// A rep call, continued while it lacks memory.
@@ -252,7 +286,9 @@ impl Partition {
         output: &mut [u8],
     ) -> Result<Answer> {
         self.pool.call(self.winhv, |done| {
-            self.winhv.calls.paged(rep_control(code, count, done), input, output)
+            self.winhv
+                .calls
+                .paged(rep_control(code, count, done), input, output)
         })
     }
 
@@ -265,7 +301,10 @@ impl Partition {
     pub(super) fn property(&self, number: u32) -> Result<u64> {
         let mut value = 0u64;
         let input = property_input(self.id, number);
-        errno(self.simple(code::GET_PARTITION_PROPERTY, &input, &mut value)?.status)?;
+        errno(
+            self.simple(code::GET_PARTITION_PROPERTY, &input, &mut value)?
+                .status,
+        )?;
         Ok(value)
     }
 
@@ -323,22 +362,39 @@ impl Partition {
     }
 
     /// Accessed or dirty states; see [`Memory::access_bits`].
-    pub(crate) fn access_bitmap(&self, query: AccessQuery, write: impl FnMut(&[u8]) -> Result) -> Result {
+    pub(crate) fn access_bitmap(
+        &self,
+        query: AccessQuery,
+        write: impl FnMut(&[u8]) -> Result,
+    ) -> Result {
         let _life = self.life.lock();
         self.check_caller()?;
         query.run(self, self.tracks_access.load(Ordering::Acquire), write)
     }
 
     pub(super) fn create_vp_in_image(&self, index: u32) -> Result {
-        let input = CreateVp { partition_id: self.id, vp_index: index, ..Default::default() };
+        let input = CreateVp {
+            partition_id: self.id,
+            vp_index: index,
+            ..Default::default()
+        };
         errno(self.simple(code::CREATE_VP, &input, &mut [0u8; 0])?.status)
     }
 
     pub(super) fn delete_vp_in_image(&self, index: u32) {
-        let input = DeleteVp { partition_id: self.id, vp_index: index, reserved: 0 };
+        let input = DeleteVp {
+            partition_id: self.id,
+            vp_index: index,
+            reserved: 0,
+        };
         let answer = self.simple(code::DELETE_VP, &input, &mut [0u8; 0]);
         if let Err(error) = answer.and_then(|answer| errno(answer.status)) {
-            pr_warn!("partition {}: VP {} cannot be deleted: {:?}\n", self.id, index, error);
+            pr_warn!(
+                "partition {}: VP {} cannot be deleted: {:?}\n",
+                self.id,
+                index,
+                error
+            );
         }
     }
 
@@ -365,7 +421,9 @@ impl Partition {
 
 fn delete_in_image(winhv: &Winhv, id: u64) {
     let input = PartitionId { partition_id: id };
-    let answer = winhv.calls.simple(code::DELETE_PARTITION, &input, &mut [0u8; 0]);
+    let answer = winhv
+        .calls
+        .simple(code::DELETE_PARTITION, &input, &mut [0u8; 0]);
     match answer.and_then(|answer| errno(answer.status)) {
         Ok(()) | Err(ENODEV) => {}
         Err(error) => pr_warn!("partition {}: cannot be deleted: {:?}\n", id, error),
@@ -383,7 +441,9 @@ impl PinnedDrop for Partition {
         }
         this.winhv.delist(this);
         if this.life.lock().initialized {
-            let input = PartitionId { partition_id: this.id };
+            let input = PartitionId {
+                partition_id: this.id,
+            };
             let answer = this.simple(code::FINALIZE_PARTITION, &input, &mut [0u8; 0]);
             match answer.and_then(|answer| errno(answer.status)) {
                 Ok(()) | Err(ENODEV) => {}

@@ -54,7 +54,10 @@ impl Pool {
             self.deposit(winhv)?;
             sys::reschedule()?;
         }
-        pr_warn!("partition {}: the hypervisor asks for memory without end\n", self.partition);
+        pr_warn!(
+            "partition {}: the hypervisor asks for memory without end\n",
+            self.partition
+        );
         Err(ENOMEM)
     }
 
@@ -92,13 +95,25 @@ impl Pool {
     fn hand_over(&self, winhv: &Winhv, pfns: &[u64]) -> Result<usize> {
         let mut pages = self.pages.lock();
         pages.reserve(pfns.len(), GFP_KERNEL)?;
-        let head = PartitionId { partition_id: self.partition };
+        let head = PartitionId {
+            partition_id: self.partition,
+        };
         let control = rep_control(code::DEPOSIT_MEMORY, pfns.len() as u16, 0);
-        let answer = winhv.calls.paged(control, [bytes(&head), bytes(pfns)], &mut [])?;
-        let taken = if answer.status.is_success() { pfns.len() } else { usize::from(answer.reps) };
+        let answer = winhv
+            .calls
+            .paged(control, [bytes(&head), bytes(pfns)], &mut [])?;
+        let taken = if answer.status.is_success() {
+            pfns.len()
+        } else {
+            usize::from(answer.reps)
+        };
         let taken = taken.min(pfns.len());
         if !answer.status.is_success() {
-            pr_warn!("partition {}: deposit failed, status {:#x}\n", self.partition, answer.status.0);
+            pr_warn!(
+                "partition {}: deposit failed, status {:#x}\n",
+                self.partition,
+                answer.status.0
+            );
         }
         for pfn in pfns.iter().take(taken) {
             // There is room: reserved above.
@@ -112,10 +127,15 @@ impl Pool {
         let mut pages = self.pages.lock();
         let mut out = [0u64; 512];
         let control = rep_control(code::WITHDRAW_MEMORY, out.len() as u16, 0);
-        let head = WithdrawMemory { partition_id: self.partition, proximity_domain_info: 0 };
+        let head = WithdrawMemory {
+            partition_id: self.partition,
+            proximity_domain_info: 0,
+        };
         let mut back = 0;
         while back < pages.len() {
-            let Ok(answer) = winhv.calls.paged(control, [bytes(&head), &[]], bytes_mut(&mut out))
+            let Ok(answer) = winhv
+                .calls
+                .paged(control, [bytes(&head), &[]], bytes_mut(&mut out))
             else {
                 break;
             };
@@ -123,7 +143,11 @@ impl Pool {
                 if sys::disown_page(*pfn, self.partition) {
                     back += 1;
                 } else {
-                    pr_warn!("partition {}: page {:#x} was not deposited\n", self.partition, pfn);
+                    pr_warn!(
+                        "partition {}: page {:#x} was not deposited\n",
+                        self.partition,
+                        pfn
+                    );
                 }
             }
             if !answer.status.is_success() || answer.reps == 0 {

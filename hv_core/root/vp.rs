@@ -7,7 +7,8 @@
 //!      │    ──► Intercept: memory, doorbells and resampling are finished here, the rest goes to the VMM
 //! ```
 //!
-//! A run ends after [`RUN_BOUND`] with `EINTR` in any case, because clients rely on that.
+//! A run ends after [`RUN_BOUND`] with `EINTR` in any case, because clients rely on that. Time that the root spends
+//! on memory for the guest does not count, up to [`EXTENSION`].
 
 use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -29,6 +30,9 @@ use crate::sys::{self, Alarm, IrqsOff, Pages, PreemptOff};
 
 /// Nanoseconds after which a run goes back to user space.
 const RUN_BOUND: u64 = 20_000_000;
+/// Nanoseconds by which a run may become longer: a guest whose first page takes longer than the bound to arrive
+/// still gets somewhere.
+const EXTENSION: u64 = 80_000_000;
 /// No CPU.
 const NOWHERE: u32 = u32::MAX;
 /// Largest state that goes by page number.
@@ -171,7 +175,13 @@ impl Vp {
         result
     }
 
-    fn run_until(&self, partition: &Partition, bound: u64, armed: &mut Armed) -> Result<Message> {
+    fn run_until(
+        &self,
+        partition: &Partition,
+        mut bound: u64,
+        armed: &mut Armed,
+    ) -> Result<Message> {
+        let limit = bound.saturating_add(EXTENSION);
         loop {
             sys::guest_mode_work()?;
             if sys::time() >= bound {
@@ -183,16 +193,24 @@ impl Vp {
                 DispatchEvent::Halted | DispatchEvent::WaitForSipi => self.sleep(bound, armed)?,
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
+                    let start = sys::time();
                     if let Some(message) = self.finish_intercept(partition)? {
                         return Ok(message);
                     }
+                    let spent = sys::time().saturating_sub(start);
+                    bound = bound.saturating_add(spent).min(limit);
                 }
             }
         }
     }
 
     /// One dispatch on the CPU this happens to run on.
-    fn dispatch(&self, partition: &Partition, bound: u64, armed: &mut Armed) -> Result<DispatchEvent> {
+    fn dispatch(
+        &self,
+        partition: &Partition,
+        bound: u64,
+        armed: &mut Armed,
+    ) -> Result<DispatchEvent> {
         let answer = loop {
             let preempt = PreemptOff::new();
             let cpu = sys::this_cpu();
@@ -222,7 +240,11 @@ impl Vp {
     /// Sets the alarm to the end of the run or the VP's next timer, whichever is first.
     fn set_alarm(&self, bound: u64, armed: &mut Armed) {
         let deadline = self.run_page().deadline.load(Ordering::Relaxed);
-        let wanted = Armed { bound, deadline, cpu: sys::this_cpu() };
+        let wanted = Armed {
+            bound,
+            deadline,
+            cpu: sys::this_cpu(),
+        };
         if *armed == wanted && !self.alarm.fired() {
             return;
         }
@@ -240,7 +262,8 @@ impl Vp {
     fn sleep(&self, bound: u64, armed: &mut Armed) -> Result {
         self.alarm.reset();
         fence(Ordering::SeqCst);
-        if self.kicked.load(Ordering::SeqCst) || self.run_page().signal.load(Ordering::Acquire) != 0 {
+        if self.kicked.load(Ordering::SeqCst) || self.run_page().signal.load(Ordering::Acquire) != 0
+        {
             return Ok(());
         }
         // Set anew in any case: it may have ended before the reset.
@@ -312,7 +335,12 @@ impl Vp {
     fn rename_message(&self, copy: &mut Message, message_type: u32) {
         copy[..4].copy_from_slice(&message_type.to_le_bytes());
         // SAFETY: the page lives as long as `self`; nothing in the kernel reads it back without a check.
-        unsafe { self.message.address().cast::<u32>().write_volatile(message_type.to_le()) };
+        unsafe {
+            self.message
+                .address()
+                .cast::<u32>()
+                .write_volatile(message_type.to_le())
+        };
     }
 
     /// Reads one register.
@@ -332,13 +360,25 @@ impl Vp {
     /// Writes one register.
     pub(super) fn set_register(&self, partition: &Partition, name: u32, value: u64) -> Result {
         let head = self.register_head(partition);
-        let register = RegisterAssoc { name, value: [value, 0], ..Default::default() };
+        let register = RegisterAssoc {
+            name,
+            value: [value, 0],
+            ..Default::default()
+        };
         let input = [bytes(&head), bytes(&register)];
-        errno(partition.rep(code::SET_VP_REGISTERS, 1, input, &mut [])?.status)
+        errno(
+            partition
+                .rep(code::SET_VP_REGISTERS, 1, input, &mut [])?
+                .status,
+        )
     }
 
     fn register_head(&self, partition: &Partition) -> VpRegisters {
-        VpRegisters { partition_id: partition.id(), vp_index: self.index, ..Default::default() }
+        VpRegisters {
+            partition_id: partition.id(),
+            vp_index: self.index,
+            ..Default::default()
+        }
     }
 
     /// Bytes of a state of `mshv_get_set_vp_state`, and how the image calls it.
@@ -347,7 +387,10 @@ impl Vp {
             StateKind::SyntheticTimers => Ok(vp_state::SYNTHETIC_TIMERS_BYTES),
             StateKind::Xsave => {
                 let size = partition.property(property::MAX_XSAVE_DATA_SIZE)?;
-                usize::try_from(size).ok().filter(|size| *size <= STATE_PAGES * 4096).ok_or(EIO)
+                usize::try_from(size)
+                    .ok()
+                    .filter(|size| *size <= STATE_PAGES * 4096)
+                    .ok_or(EIO)
             }
             _ => Ok(4096),
         }
@@ -371,9 +414,15 @@ impl Vp {
             // x87 and SSE belong to every image.
             head.xsave_states = partition.property(property::XSAVE_STATES)? | 3;
         }
-        let code = if set { code::SET_VP_STATE } else { code::GET_VP_STATE };
+        let code = if set {
+            code::SET_VP_STATE
+        } else {
+            code::GET_VP_STATE
+        };
         if state == StateKind::SyntheticTimers {
-            let timers = data.get_mut(..vp_state::SYNTHETIC_TIMERS_BYTES).ok_or(EINVAL)?;
+            let timers = data
+                .get_mut(..vp_state::SYNTHETIC_TIMERS_BYTES)
+                .ok_or(EINVAL)?;
             let words = (vp_state::SYNTHETIC_TIMERS_BYTES / 8) as u16;
             let answer = if set {
                 let control = variable_control(code, words);
@@ -390,7 +439,9 @@ impl Vp {
             let page = Pages::new(0)?;
             if set {
                 // SAFETY: a page of ours, and a chunk is not longer than a page.
-                unsafe { core::ptr::copy_nonoverlapping(chunk.as_ptr(), page.address(), chunk.len()) };
+                unsafe {
+                    core::ptr::copy_nonoverlapping(chunk.as_ptr(), page.address(), chunk.len())
+                };
             }
             *pfn = page.spa() >> 12;
             bounce.push(page, GFP_KERNEL)?;
@@ -436,7 +487,9 @@ pub(super) fn word(message: &Message, offset: usize) -> u32 {
 
 /// The u64 at `offset`, 0 outside.
 pub(super) fn quad(message: &Message, offset: usize) -> u64 {
-    let bytes = message.get(offset..offset + 8).and_then(|bytes| bytes.try_into().ok());
+    let bytes = message
+        .get(offset..offset + 8)
+        .and_then(|bytes| bytes.try_into().ok());
     bytes.map_or(0, u64::from_le_bytes)
 }
 
@@ -481,5 +534,9 @@ impl StateKind {
 
 /// What one property of a partition is asked with.
 pub(super) fn property_input(partition: u64, property_code: u32) -> GetPartitionProperty {
-    GetPartitionProperty { partition_id: partition, property_code, padding: 0 }
+    GetPartitionProperty {
+        partition_id: partition,
+        property_code,
+        padding: 0,
+    }
 }

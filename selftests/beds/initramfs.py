@@ -98,6 +98,17 @@ def stripped(path, scratch):
     return copy.read_bytes()
 
 
+def make_child(out, tree):
+    """Writes the root file system of a child partition to `out`: busybox and selftests/child-init."""
+    archive = Archive()
+    archive.console()
+    for name in ("proc", "sys", "dev"):
+        archive.folder(name)
+    archive.file("bin/busybox", Path(shutil.which("busybox")).read_bytes(), executable=True)
+    archive.file("init", (Path(tree) / "selftests/child-init").read_bytes(), executable=True)
+    Path(out).write_bytes(gzip.compress(archive.bytes(), 9))
+
+
 def make(out, tree, image, release, stock, built, extra, scratch, compress):
     """Writes the archive to `out`.
 

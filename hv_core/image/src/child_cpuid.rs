@@ -1381,3 +1381,700 @@ fn freeze(on: bool, partition: &mut PartitionState, host_tsc: u64) -> Effect {
     }
     Effect::None
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+mod tests {
+    use super::*;
+
+    const FACTS: HostFacts = HostFacts {
+        vendor: Vendor::Vmx,
+        tsc_hz: 2_500_000_000,
+        xcr0: 0x6_02e7,
+        arch_capabilities: u64::MAX,
+    };
+
+    /// A processor with every feature bit set.
+    fn all_features(leaf: u32, subleaf: u32) -> Registers {
+        match (leaf, subleaf) {
+            (0, _) => [0x24, 0x756e_6547, 0x6c65_746e, 0x4965_6e69],
+            (0x8000_0000, _) => [0x8000_0028, 0, 0, 0],
+            (1, _) => [0x000c_06a1, 0x1234_5678, u32::MAX, u32::MAX],
+            (4, 0) => [0x1c00_4121, 0x02c0_003f, 0x3f, 0],
+            (4, 1) => [0x1c03_c163, 0x03c0_003f, 0x7ff, 4],
+            (4, _) => [0; 4],
+            (7, 0) => [2, u32::MAX, u32::MAX, u32::MAX],
+            (0xd, 0) => [0x6_02ff, 2696, 11008, 0],
+            (0xd, 1) => [0x1f, 2696, 0x1900, 0],
+            (0xd, 2) => [256, 576, 0, 0],
+            (0xd, 5) => [64, 1088, 0, 0],
+            (0xd, 6) => [512, 1152, 0, 0],
+            (0xd, 7) => [1024, 1664, 0, 0],
+            (0xd, 9) => [8, 2688, 0, 0],
+            (0xd, 17) => [64, 2752, 2, 0],
+            (0xd, 18) => [8192, 2816, 6, 0],
+            (0xd, _) => [0; 4],
+            (0x15, _) => [2, 130, 38_400_000, 0],
+            (0x8000_0002..=0x8000_0004, _) => [0x2020_2020; 4],
+            (0x8000_0008, _) => [0x3934, u32::MAX, 0x7007, 0],
+            (0x8000_001d, 0) => [0x1c00_4121, 0x01c0_003f, 0x3f, 0],
+            (0x8000_001d, _) => [0; 4],
+            _ => [u32::MAX; 4],
+        }
+    }
+
+    fn partition() -> PartitionState {
+        let mut partition = PartitionState::new(FACTS, 0);
+        partition.creation_flags = creation::LAPIC_ENABLED | creation::X2APIC_CAPABLE;
+        partition.synthetic_features = 0x640_0ffb;
+        partition.vps = 6;
+        partition
+    }
+
+    fn amd_partition() -> PartitionState {
+        let mut partition = partition();
+        partition.host.vendor = Vendor::Svm;
+        partition.host.arch_capabilities = 0;
+        partition
+    }
+
+    fn guest<'a>(partition: &'a PartitionState, overrides: Option<&'a Overrides>) -> Guest<'a> {
+        Guest {
+            cr4: cr4::OSXSAVE,
+            xcr0: 7,
+            xss: 0,
+            long: true,
+            apic_id: 3,
+            apic: true,
+            partition,
+            overrides,
+        }
+    }
+
+    fn seen(leaf: u32, subleaf: u32, partition: &PartitionState) -> Registers {
+        cpuid(leaf, subleaf, &all_features, &guest(partition, None))
+    }
+
+    fn result(leaf: u32, subleaf: Option<u32>, values: Registers) -> CpuidResult {
+        CpuidResult {
+            leaf,
+            subleaf: subleaf.unwrap_or(0),
+            subleaf_specific: subleaf.is_some(),
+            result: values.map(|value| [value, u32::MAX]),
+        }
+    }
+
+    /// Leaf, subleaf, register and bit of what no child may have.
+    const FORBIDDEN: [(u32, u32, usize, u32); 40] = [
+        (1, 0, ECX, 2),
+        (1, 0, ECX, 3),
+        (1, 0, ECX, 5),
+        (1, 0, ECX, 6),
+        (1, 0, ECX, 15),
+        (1, 0, EDX, 21),
+        (1, 0, EDX, 22),
+        (7, 0, EBX, 2),
+        (7, 0, EBX, 12),
+        (7, 0, EBX, 14),
+        (7, 0, EBX, 15),
+        (7, 0, EBX, 25),
+        (7, 0, ECX, 5),
+        (7, 0, ECX, 7),
+        (7, 0, ECX, 13),
+        (7, 0, ECX, 23),
+        (7, 0, ECX, 24),
+        (7, 0, ECX, 29),
+        (7, 0, ECX, 30),
+        (7, 0, ECX, 31),
+        (7, 0, EDX, 5),
+        (7, 0, EDX, 9),
+        (7, 0, EDX, 15),
+        (7, 0, EDX, 18),
+        (7, 0, EDX, 19),
+        (7, 0, EDX, 20),
+        (7, 0, EDX, 22),
+        (7, 0, EDX, 24),
+        (7, 0, EDX, 25),
+        (7, 0, EDX, 30),
+        (7, 1, EAX, 17),
+        (7, 1, EAX, 21),
+        (7, 1, EAX, 26),
+        (0xd, 0, EAX, 3),
+        (0xd, 0, EAX, 17),
+        (0xd, 0, EAX, 18),
+        (0xd, 1, EAX, 4),
+        (0xd, 1, ECX, 8),
+        (0x8000_0001, 0, ECX, 2),
+        (0x8000_0008, 0, EBX, 4),
+    ];
+
+    /// Leaves of which nothing may be seen: MONITOR, performance counters, resource control, SGX, trace, key locker,
+    /// LBR, AMX, SVM, memory encryption.
+    const EMPTY: [u32; 16] = [
+        5,
+        0xa,
+        0xf,
+        0x10,
+        0x12,
+        0x14,
+        0x19,
+        0x1a,
+        0x1b,
+        0x1c,
+        0x1d,
+        0x1e,
+        0x20,
+        0x23,
+        0x8000_000a,
+        0x8000_001f,
+    ];
+
+    #[test]
+    fn what_cannot_be_virtualised_is_hidden_even_if_registered() {
+        for partition in [partition(), amd_partition()] {
+            let mut overrides = Overrides::new();
+            for leaf in (0..0x28).chain(0x8000_0000..0x8000_0028) {
+                for subleaf in 0..64 {
+                    let new = result(leaf, Some(subleaf), [u32::MAX; 4]);
+                    if leaf != 0xd || subleaf < 10 {
+                        overrides.register(&new, &all_features, &partition).unwrap();
+                    }
+                    if !has_subleaves(leaf) || leaf & 0xff == 0xb || leaf & 0x1f == 0x1f {
+                        break;
+                    }
+                    if subleaf == 3 && leaf != 0xd {
+                        break;
+                    }
+                }
+            }
+            for overrides in [None, Some(&overrides)] {
+                let guest = guest(&partition, overrides);
+                for (leaf, subleaf, register, bit) in FORBIDDEN {
+                    let seen = cpuid(leaf, subleaf, &all_features, &guest);
+                    assert_eq!(
+                        (seen[register] >> bit) & 1,
+                        0,
+                        "{leaf:#x} {subleaf} {register} {bit}"
+                    );
+                }
+                for leaf in EMPTY {
+                    assert_eq!(cpuid(leaf, 0, &all_features, &guest), [0; 4], "{leaf:#x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ordinary_features_pass() {
+        let partition = partition();
+        let [_, _, c, d] = seen(1, 0, &partition);
+        assert_eq!(c & 0x7ed8_3203, 0x7ed8_3203 & c);
+        for bit in [0, 9, 12, 13, 17, 19, 20, 21, 23, 24, 25, 26, 27, 28, 31] {
+            assert_eq!((c >> bit) & 1, 1, "{bit}");
+        }
+        for bit in [0, 4, 5, 6, 9, 12, 13, 15, 16, 24, 25, 26, 28] {
+            assert_eq!((d >> bit) & 1, 1, "{bit}");
+        }
+        let [max, b, c, d] = seen(7, 0, &partition);
+        assert_eq!(
+            (
+                max,
+                (b >> 5) & 1,
+                (b >> 16) & 1,
+                (c >> 3) & 1,
+                (d >> 26) & 1
+            ),
+            (2, 1, 1, 1, 1)
+        );
+        assert_eq!(seen(0x8000_0002, 0, &partition), [0x2020_2020; 4]);
+        assert_eq!(seen(0x15, 0, &partition), [2, 130, 38_400_000, 0]);
+    }
+
+    #[test]
+    fn apic_features_follow_the_creation_flags() {
+        let mut partition = partition();
+        partition.creation_flags = 0;
+        let [_, _, c, _] = seen(1, 0, &partition);
+        assert_eq!(c & (leaf1::ECX_X2APIC | leaf1::ECX_TSC_DEADLINE), 0);
+        partition.creation_flags = creation::X2APIC_CAPABLE;
+        assert_ne!(seen(1, 0, &partition)[ECX] & leaf1::ECX_X2APIC, 0);
+    }
+
+    #[test]
+    fn bits_that_mirror_registers_follow_them() {
+        let partition = partition();
+        let mut guest = guest(&partition, None);
+        let at = |leaf, register: usize, guest: &Guest<'_>| {
+            cpuid(leaf, 0, &all_features, guest)[register]
+        };
+        assert_ne!(at(1, ECX, &guest) & leaf1::ECX_OSXSAVE, 0);
+        assert_eq!(at(7, ECX, &guest) & leaf7::ECX_OSPKE, 0);
+        guest.cr4 = cr4::PKE;
+        assert_eq!(at(1, ECX, &guest) & leaf1::ECX_OSXSAVE, 0);
+        assert_ne!(at(7, ECX, &guest) & leaf7::ECX_OSPKE, 0);
+        guest.apic = false;
+        assert_eq!(at(1, EDX, &guest) & leaf1::EDX_APIC, 0);
+        assert_ne!(at(0x8000_0001, EDX, &guest) & (1 << 11), 0);
+        guest.long = false;
+        assert_eq!(at(0x8000_0001, EDX, &guest) & (1 << 11), 0);
+    }
+
+    #[test]
+    fn extended_state_fits_into_the_pages_of_clients() {
+        let partition = partition();
+        let get = |code| get_property(code, &all_features, &partition, 0).unwrap();
+        assert_eq!(get(property::XSAVE_STATES), 0x2e7);
+        let size = get(property::MAX_XSAVE_DATA_SIZE);
+        assert_eq!(size, 576 + 256 + 64 + 512 + 1024 + 8);
+        assert!(size <= 4096);
+        assert_eq!(seen(0xd, 0, &partition), [0x2e7, 832, 2696, 0]);
+        assert_eq!(seen(0xd, 1, &partition), [0xf, 832, 0, 0]);
+        assert_eq!(seen(0xd, 5, &partition), [64, 1088, 0, 0]);
+        assert_eq!(seen(0xd, 18, &partition), [0; 4]);
+        let mut full = guest(&partition, None);
+        full.xcr0 = 0x2e7;
+        assert_eq!(cpuid(0xd, 0, &all_features, &full)[EBX], 2696);
+        assert_eq!(cpuid(0xd, 1, &all_features, &full)[EBX], 2440);
+    }
+
+    #[test]
+    fn aligned_components_start_at_64_bytes_when_compacted() {
+        let host = |leaf, subleaf| match (leaf, subleaf) {
+            (0xd, 9) => [8, 2688, 2, 0],
+            (0xd, 2) => [250, 576, 0, 0],
+            _ => all_features(leaf, subleaf),
+        };
+        assert_eq!(compacted_size(&host, 0x207), 832 + 8);
+    }
+
+    #[test]
+    fn root_without_a_component_leaves_it_out() {
+        let mut partition = partition();
+        partition.host.xcr0 = 0x207;
+        let states = get_property(property::XSAVE_STATES, &all_features, &partition, 0);
+        assert_eq!(states, Ok(0x207));
+        partition.host.xcr0 = 0x67;
+        let states = get_property(property::XSAVE_STATES, &all_features, &partition, 0);
+        assert_eq!(states, Ok(7));
+    }
+
+    #[test]
+    fn topology_is_one_thread_per_core() {
+        let mut partition = partition();
+        assert_eq!(seen(0xb, 0, &partition), [0, 1, 0x100, 3]);
+        assert_eq!(seen(0xb, 1, &partition), [3, 6, 0x201, 3]);
+        assert_eq!(seen(0x1f, 1, &partition), [3, 6, 0x201, 3]);
+        let [_, b, _, d] = seen(1, 0, &partition);
+        assert_eq!((b >> 24, (b >> 16) & 0xff, (b >> 8) & 0xff), (3, 8, 0x56));
+        assert_ne!(d & leaf1::EDX_HTT, 0);
+        // First level not shared, third by all.
+        assert_eq!(seen(4, 0, &partition)[EAX], 0x1c00_0121);
+        assert_eq!(seen(4, 1, &partition)[EAX], 0x1c01_c163);
+        assert_eq!(seen(4, 2, &partition), [0; 4]);
+        partition.processors_per_socket = 1;
+        assert_eq!(seen(0xb, 1, &partition), [0, 1, 0x201, 3]);
+        assert_eq!(seen(1, 0, &partition)[EDX] & leaf1::EDX_HTT, 0);
+    }
+
+    #[test]
+    fn amd_topology_has_its_own_leaves() {
+        let partition = amd_partition();
+        assert_eq!(seen(0x8000_0008, 0, &partition)[ECX], 0x3005);
+        assert_eq!(seen(0x8000_001e, 0, &partition), [3, 0, 0, 0]);
+        assert_eq!(seen(0x8000_001d, 0, &partition)[EAX], 0x121);
+        assert_ne!(seen(0x8000_0001, 0, &partition)[ECX] & 2, 0);
+    }
+
+    #[test]
+    fn address_widths_are_those_of_second_level_tables() {
+        let mut partition = partition();
+        assert_eq!(seen(0x8000_0008, 0, &partition)[EAX], 0x3930);
+        partition.disabled[1] = 1 << 4;
+        assert_eq!(seen(0x8000_0008, 0, &partition)[EAX], 0x3030);
+        assert_eq!(at_most(0x3028, 0x3930), 0x3028);
+        assert_eq!(at_most(0x0040, 0x3930), 0x3930);
+    }
+
+    #[test]
+    fn leaves_above_the_last_are_empty() {
+        let host = |leaf, subleaf| match leaf {
+            0 => [0xd, 0, 0, 0],
+            0x8000_0000 => [0x8000_0008, 0, 0, 0],
+            _ => all_features(leaf, subleaf),
+        };
+        let partition = partition();
+        for leaf in [0x15, 0x1f, 0x25, 0x8000_0021, 0x8000_0100, 0xc000_0000] {
+            assert_eq!(cpuid(leaf, 0, &host, &guest(&partition, None)), [0; 4]);
+        }
+        assert_eq!(seen(0, 0, &partition)[EAX], MAX_BASIC);
+        assert_eq!(seen(0x8000_0000, 0, &partition)[EAX], MAX_EXTENDED);
+    }
+
+    #[test]
+    fn disabled_feature_is_gone_from_cpuid_and_from_the_banks() {
+        for base in [partition(), amd_partition()] {
+            for feature in &FEATURES {
+                let mut partition = base;
+                partition.disabled[feature.bank] = 1 << feature.bit;
+                let seen = seen(feature.leaf, feature.subleaf, &partition);
+                assert_eq!(seen[feature.register] & feature.mask, 0);
+                let bank = bank(feature.bank, &all_features, &partition);
+                assert_eq!(
+                    (bank >> feature.bit) & 1,
+                    0,
+                    "{} {}",
+                    feature.bank,
+                    feature.bit
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_feature_of_the_table_can_be_there() {
+        let (intel, amd) = (partition(), amd_partition());
+        for feature in &FEATURES {
+            let there = [intel, amd].iter().any(|partition| {
+                seen(feature.leaf, feature.subleaf, partition)[feature.register] & feature.mask != 0
+            });
+            assert!(there, "bank {} bit {}", feature.bank, feature.bit);
+        }
+    }
+
+    #[test]
+    fn disabling_the_inverse_of_the_host_banks_disables_nothing() {
+        let property = |code| host_property(code, &all_features, FACTS, 0).unwrap();
+        let mut copy = partition();
+        copy.disabled = [
+            !property(property::PROCESSOR_FEATURES0),
+            !property(property::PROCESSOR_FEATURES1),
+            0,
+        ];
+        for (leaf, subleaf) in [(1, 0), (7, 0), (7, 1), (0xd, 1), (0x8000_0001, 0)] {
+            assert_eq!(
+                seen(leaf, subleaf, &copy),
+                seen(leaf, subleaf, &partition())
+            );
+        }
+        assert_eq!(arch_capabilities(&copy), arch_capabilities(&partition()));
+        let bank =
+            |partition| get_property(property::PROCESSOR_FEATURES1, &all_features, partition, 0);
+        assert_eq!(bank(&copy), bank(&partition()));
+    }
+
+    #[test]
+    fn without_avx_nothing_of_it_remains() {
+        let mut partition = partition();
+        // What the mshv crates leave enabled, less AVX.
+        partition.disabled[2] = !0b1_1000_0001_1011;
+        let [_, _, c, _] = seen(1, 0, &partition);
+        assert_eq!(c & ((1 << 12) | (1 << 28) | (1 << 29)), 0);
+        let [_, b, c, _] = seen(7, 0, &partition);
+        assert_eq!(b & ((1 << 5) | (1 << 16) | (1 << 31)), 0);
+        assert_eq!(c & ((1 << 9) | (1 << 10)), 0);
+        let states = get_property(property::XSAVE_STATES, &all_features, &partition, 0);
+        assert_eq!(states, Ok(0x203));
+        partition.disabled[2] = 1;
+        assert_eq!(seen(0xd, 0, &partition), [0; 4]);
+        assert_eq!(seen(1, 0, &partition)[ECX] & leaf1::ECX_XSAVE, 0);
+    }
+
+    #[test]
+    fn registered_model_replaces_the_processors_and_takes_features_away() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        let new = result(
+            1,
+            None,
+            [0x0006_0fb1, 0x0700_0800, 0x0000_0001, 0x0000_0021],
+        );
+        overrides.register(&new, &all_features, &partition).unwrap();
+        let guest = guest(&partition, Some(&overrides));
+        let [a, b, c, d] = cpuid(1, 0, &all_features, &guest);
+        assert_eq!(a, 0x0006_0fb1);
+        // The APIC id is the VP's whatever was registered; the mirrors and the hypervisor bit are ours.
+        assert_eq!(b, 0x0300_0800);
+        assert_eq!(c, 1 | leaf1::ECX_OSXSAVE | leaf1::ECX_HYPERVISOR);
+        assert_eq!(d, 0x21);
+    }
+
+    #[test]
+    fn mask_decides_bit_by_bit() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        let mut new = result(0x8000_0002, None, [0x4141_4141; 4]);
+        new.result[0] = [0x4141_4141, 0xffff];
+        new.result[1] = [0x4141_4141, 0];
+        overrides.register(&new, &all_features, &partition).unwrap();
+        let guest = guest(&partition, Some(&overrides));
+        let seen = cpuid(0x8000_0002, 0, &all_features, &guest);
+        assert_eq!(seen, [0x2020_4141, 0x2020_2020, 0x4141_4141, 0x4141_4141]);
+    }
+
+    #[test]
+    fn registering_a_leaf_again_replaces_it() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        for value in [1, 2] {
+            let new = result(0x8000_0003, None, [value; 4]);
+            overrides.register(&new, &all_features, &partition).unwrap();
+        }
+        assert_eq!(overrides.entries().len(), 1);
+        let guest = guest(&partition, Some(&overrides));
+        assert_eq!(cpuid(0x8000_0003, 0, &all_features, &guest), [2; 4]);
+    }
+
+    #[test]
+    fn result_for_a_subleaf_comes_before_that_for_the_leaf() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        for new in [
+            result(4, None, [0x21, 1, 1, 1]),
+            result(4, Some(1), [0x43, 2, 2, 2]),
+        ] {
+            overrides.register(&new, &all_features, &partition).unwrap();
+        }
+        let guest = guest(&partition, Some(&overrides));
+        assert_eq!(cpuid(4, 1, &all_features, &guest), [0x43, 2, 2, 2]);
+        assert_eq!(cpuid(4, 0, &all_features, &guest), [0x21, 1, 1, 1]);
+    }
+
+    #[test]
+    fn result_for_the_whole_of_leaf_7_still_only_takes_away() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        let new = result(7, None, [u32::MAX; 4]);
+        overrides.register(&new, &all_features, &partition).unwrap();
+        let with = guest(&partition, Some(&overrides));
+        for subleaf in 0..3 {
+            let [_, b, c, d] = cpuid(7, subleaf, &all_features, &with);
+            let [_, b0, c0, d0] = seen(7, subleaf, &partition);
+            assert_eq!([b, c, d], [b0, c0, d0]);
+        }
+    }
+
+    #[test]
+    fn all_leaves_of_a_big_processor_fit() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        let mut register = |leaf, subleaf| {
+            let mut new = result(leaf, subleaf, [u32::MAX; 4]);
+            if leaf == 0xd && subleaf.is_some_and(|subleaf| subleaf < 2) {
+                new.result[1][1] = 0;
+            }
+            overrides.register(&new, &all_features, &partition).unwrap();
+        };
+        for leaf in (0..=0x24).chain(0x8000_0000..=0x8000_0028) {
+            match leaf {
+                0xd => (0..64).for_each(|subleaf| register(leaf, Some(subleaf))),
+                4 | 7 | 0xb | 0xf | 0x10 | 0x14 | 0x1f | 0x8000_001d | 0x8000_0026 => {
+                    (0..5).for_each(|subleaf| register(leaf, Some(subleaf)));
+                }
+                _ => register(leaf, None),
+            }
+        }
+        assert!(
+            overrides.entries().len() < 60,
+            "{}",
+            overrides.entries().len()
+        );
+        let guest = guest(&partition, Some(&overrides));
+        assert_eq!(cpuid(0xd, 0, &all_features, &guest), [0x2e7, 832, 2696, 0]);
+    }
+
+    #[test]
+    fn full_table_says_so() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        let last = (0..200).find_map(|subleaf| {
+            let new = result(0xb, Some(subleaf), [1; 4]);
+            overrides
+                .register(&new, &all_features, &partition)
+                .err()
+                .map(|status| (subleaf, status))
+        });
+        assert_eq!(last, Some((MAX_OVERRIDES as u32, HvStatus::NO_RESOURCES)));
+    }
+
+    #[test]
+    fn page_of_zeros_is_an_empty_table() {
+        let overrides = Overrides::default();
+        assert_eq!((overrides.count, overrides.entries().len()), (0, 0));
+    }
+
+    #[test]
+    fn hypervisor_leaves_say_what_the_partition_was_given() {
+        let mut partition = partition();
+        let [max, b, c, d] = seen(0x4000_0000, 0, &partition);
+        assert_eq!(max, 0x4000_0006);
+        let name: Vec<u8> = [b, c, d].into_iter().flat_map(u32::to_le_bytes).collect();
+        assert_eq!(name, b"Microsoft Hv");
+        assert_eq!(
+            seen(0x4000_0001, 0, &partition)[EAX].to_le_bytes(),
+            *b"Hv#1"
+        );
+        assert_eq!(seen(0x4000_0002, 0, &partition)[EBX], 10 << 16);
+        let [a, b, _, d] = seen(0x4000_0003, 0, &partition);
+        assert_eq!((a, b, d), (0x8a72, 0, 0x500));
+        assert_eq!(seen(0x4000_0004, 0, &partition)[EAX], 0x228);
+        for leaf in [0x4000_0007, 0x4000_000a, 0x4000_0082] {
+            assert_eq!(seen(leaf, 0, &partition), [0; 4]);
+        }
+        partition.synthetic_features = synthetic::HYPERVISOR_PRESENT;
+        assert_eq!(seen(0x4000_0000, 0, &partition), [0; 4]);
+        assert_ne!(seen(1, 0, &partition)[ECX] & leaf1::ECX_HYPERVISOR, 0);
+        partition.synthetic_features = 0;
+        assert_eq!(seen(1, 0, &partition)[ECX] & leaf1::ECX_HYPERVISOR, 0);
+    }
+
+    #[test]
+    fn each_privilege_needs_its_feature() {
+        for (feature, bit) in [(3, 1), (6, 4), (7, 5), (8, 6), (9, 9), (11, 11)] {
+            assert_eq!(privileges(synthetic::HV1 | (1 << feature), false), 1 << bit);
+            assert_eq!(privileges(1 << feature, false), 0);
+        }
+        assert_eq!(privileges(synthetic::HV1, true), 1 << 15);
+    }
+
+    #[test]
+    fn features_follow_the_registered_results() {
+        let partition = partition();
+        let none = Overrides::new();
+        let all = Features::of(&all_features, &partition, &none);
+        assert_eq!(all.xcr0, 0x2e7);
+        assert_eq!((all.physical_bits, all.linear_bits), (48, 57));
+        assert_eq!(
+            all.cr4 & (cr4::VMXE | cr4::SMXE | cr4::CET | cr4::PKS | cr4::FRED),
+            0
+        );
+        assert_eq!(all.efer, 0x20_0d01);
+        assert!(all.tsc_aux && all.tsc_adjust && all.xss && all.invariant_tsc && all.flush_cmd);
+        assert_eq!(all.spec_ctrl, 0x5ff);
+        let mut overrides = Overrides::new();
+        for new in [
+            result(1, None, [0, 0, 1 << 26, 1 << 6]),
+            result(7, Some(0), [0; 4]),
+            result(0xd, Some(0), [3, 0, 0, 0]),
+            result(0x8000_0001, None, [0, 0, 0, (1 << 20) | (1 << 29)]),
+            result(0x8000_0008, None, [0x3028, 0, 0, 0]),
+        ] {
+            overrides.register(&new, &all_features, &partition).unwrap();
+        }
+        let few = Features::of(&all_features, &partition, &overrides);
+        assert_eq!(few.xcr0, 3);
+        assert_eq!((few.physical_bits, few.linear_bits), (40, 48));
+        assert_eq!(
+            few.cr4,
+            (1 << 2) | (1 << 5) | (1 << 6) | (7 << 8) | (1 << 18)
+        );
+        assert_eq!(few.efer, 0xd01 | (1 << 21));
+        assert_eq!((few.spec_ctrl, few.arch_capabilities), (0, None));
+        assert!(!few.tsc_aux && !few.tsc_adjust);
+    }
+
+    #[test]
+    fn addresses_are_checked_by_width() {
+        let mut features = Features::NONE;
+        assert!(
+            features.is_canonical(0xffff_8000_0000_0000) && features.is_canonical(0x7fff_ffff_ffff)
+        );
+        assert!(!features.is_canonical(0x8000_0000_0000));
+        features.linear_bits = 57;
+        assert!(features.is_canonical(0x8000_0000_0000) && !features.is_canonical(1 << 56));
+        assert!(features.is_physical(0xf_ffff_f000) && !features.is_physical(1 << 36));
+    }
+
+    #[test]
+    fn properties_answer_as_clients_expect() {
+        let mut partition = partition();
+        let set = |code, value, partition: &mut PartitionState| {
+            set_property(code, value, true, partition, 50)
+        };
+        let late = Err(HvStatus::INVALID_PARTITION_STATE);
+        assert_eq!(set(property::PRIVILEGE_FLAGS, 0, &mut partition), late);
+        assert_eq!(
+            set(property::SYNTHETIC_PROC_FEATURES, 0, &mut partition),
+            late
+        );
+        assert_eq!(
+            set(property::UNIMPLEMENTED_MSR_ACTION, 1, &mut partition),
+            Ok(Effect::None)
+        );
+        assert_eq!(
+            set(property::UNIMPLEMENTED_MSR_ACTION, 2, &mut partition),
+            Err(HvStatus::PROPERTY_VALUE_OUT_OF_RANGE)
+        );
+        assert_eq!(
+            set(property::PROCESSOR_FEATURES0, 0, &mut partition),
+            Err(HvStatus::OPERATION_DENIED)
+        );
+        assert_eq!(
+            set(0x12345, 0, &mut partition),
+            Err(HvStatus::UNKNOWN_PROPERTY)
+        );
+        let get = |code| get_property(code, &all_features, &partition, 50);
+        assert_eq!(get(property::UNIMPLEMENTED_MSR_ACTION), Ok(1));
+        assert_eq!(get(property::SYNTHETIC_PROC_FEATURES), Ok(0x640_0ffb));
+        assert_eq!(get(property::PROCESSOR_VENDOR), Ok(1));
+        assert_eq!(get(property::PHYSICAL_ADDRESS_WIDTH), Ok(48));
+        assert_eq!(get(property::PROCESSOR_CLOCK_FREQUENCY), Ok(2_500_000_000));
+        assert_eq!(
+            get(property::VMM_CAPABILITIES),
+            Err(HvStatus::UNKNOWN_PROPERTY)
+        );
+        assert_eq!(
+            property_ex(property::VMM_CAPABILITIES),
+            Err(HvStatus::ACCESS_DENIED)
+        );
+        let assignable = property_ex(property::ASSIGNABLE_SYNTHETIC_PROC_FEATURES).unwrap();
+        assert_eq!(assignable, ([1, synthetic::ASSIGNABLE], 2));
+    }
+
+    #[test]
+    fn synthetic_features_are_kept_until_initialization() {
+        let mut partition = PartitionState::new(FACTS, 0);
+        let code = property::SYNTHETIC_PROC_FEATURES;
+        assert_eq!(
+            set_property(code, 0x640_0ffb, false, &mut partition, 0),
+            Ok(Effect::None)
+        );
+        assert_eq!(
+            get_property(code, &all_features, &partition, 0),
+            Ok(0x640_0ffb)
+        );
+    }
+
+    #[test]
+    fn frozen_time_stands_still_and_goes_on_from_there() {
+        let mut partition = PartitionState::new(FACTS, 0);
+        let second = FACTS.tsc_hz;
+        let time = |partition: &PartitionState, tsc| {
+            get_property(property::REFERENCE_TIME, &all_features, partition, tsc).unwrap()
+        };
+        let freeze = |partition: &mut PartitionState, on, tsc| {
+            set_property(property::TIME_FREEZE, on, true, partition, tsc).unwrap()
+        };
+        assert_eq!(freeze(&mut partition, 1, second), Effect::None);
+        assert_eq!(freeze(&mut partition, 1, 3 * second), Effect::None);
+        let before = time(&partition, 9 * second);
+        assert!((9_999_999..=10_000_000).contains(&before));
+        assert_eq!(freeze(&mut partition, 0, 9 * second), Effect::ReferenceTime);
+        assert_eq!(freeze(&mut partition, 0, 9 * second), Effect::None);
+        assert_eq!(time(&partition, 9 * second), before);
+    }
+
+    #[test]
+    fn access_tracking_reports_only_changes() {
+        let mut partition = partition();
+        let code = property::GPA_PAGE_ACCESS_TRACKING;
+        let mut set = |value| set_property(code, value, true, &mut partition, 0);
+        assert_eq!(set(0), Ok(Effect::None));
+        assert_eq!(set(1), Ok(Effect::AccessTracking(true)));
+        assert_eq!(set(1), Ok(Effect::None));
+    }
+}

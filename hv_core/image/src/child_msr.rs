@@ -826,3 +826,619 @@ pub fn fill_hypercall_page(page: &mut [u8; 4096], vendor: Vendor) {
         *byte = instruction;
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+mod tests {
+    use super::*;
+    use crate::apic::{ApicConfig, Mode};
+    use crate::vp_state::HostFacts;
+
+    const HZ: u64 = 2_893_437_123;
+
+    struct Machine {
+        vp: VpState,
+        apic: LocalApic,
+        partition: PartitionState,
+        tsc: u64,
+    }
+
+    impl Machine {
+        fn new() -> Self {
+            let clock = TimerClock::new(HZ, TimerClock::HYPERV_APIC_HZ).unwrap();
+            let config = ApicConfig {
+                x2apic: true,
+                tsc_deadline: true,
+                physical_address_bits: 40,
+                clock,
+            };
+            let host = HostFacts {
+                vendor: Vendor::Vmx,
+                tsc_hz: HZ,
+                xcr0: 7,
+                arch_capabilities: 0,
+            };
+            let mut partition = PartitionState::new(host, 1000);
+            partition.synthetic_features = 0x640_0ffb;
+            let mut vp = VpState::reset(true);
+            vp.features = Features {
+                cr4: 0x3f_37ff & !(1 << 13),
+                efer: 0xd01,
+                xcr0: 0xe7,
+                spec_ctrl: 7,
+                pred_cmd: 1,
+                arch_capabilities: Some(0x2b),
+                physical_bits: 40,
+                linear_bits: 48,
+                flush_cmd: true,
+                tsc_aux: true,
+                tsc_adjust: true,
+                xss: true,
+                invariant_tsc: true,
+            };
+            Self {
+                vp,
+                apic: LocalApic::new(config, 5, true),
+                partition,
+                tsc: 1_000_000,
+            }
+        }
+
+        fn local(&mut self) -> Local<'_> {
+            Local {
+                vp: &mut self.vp,
+                apic: &mut self.apic,
+                partition: &self.partition,
+                vp_index: 5,
+                host_tsc: self.tsc,
+            }
+        }
+
+        fn read(&mut self, number: u32) -> Outcome<u64> {
+            read(number, &self.local())
+        }
+
+        /// As the hypervisor does it.
+        fn write(&mut self, number: u32, value: u64) -> Outcome<Effect> {
+            match write(number, value, &mut self.local())? {
+                Effect::Partition => {
+                    write_partition(number, value, &mut self.partition, &self.vp.features)
+                }
+                effect => Ok(effect),
+            }
+        }
+
+        fn put(&mut self, number: u32, value: u64) {
+            assert_eq!(self.write(number, value), Ok(Effect::None), "{number:#x}");
+        }
+    }
+
+    const GP: Outcome<Effect> = Err(GeneralProtection);
+
+    #[test]
+    fn what_linux_reads_without_asking_is_there() {
+        let mut m = Machine::new();
+        for vendor in [Vendor::Vmx, Vendor::Svm] {
+            m.partition.host.vendor = vendor;
+            for number in [
+                0x0,
+                0x1,
+                0x10,
+                0x17,
+                0x1b,
+                0x2a,
+                0x34,
+                0x3a,
+                0x3b,
+                0x8b,
+                0xce,
+                0xfe,
+                0x140,
+                0x174,
+                0x175,
+                0x176,
+                0x179,
+                0x17a,
+                0x198,
+                0x199,
+                0x1a0,
+                0x1d9,
+                0x1fc,
+                0x200,
+                0x20f,
+                0x250,
+                0x26f,
+                0x277,
+                0x2ff,
+                0x606,
+                0x6e0,
+                0xc000_0080,
+                0xc000_0081,
+                0xc000_0082,
+                0xc000_0083,
+                0xc000_0084,
+                0xc000_0100,
+                0xc000_0101,
+                0xc000_0102,
+                0xc000_0103,
+                0xc000_0104,
+                0xc001_0000,
+                0xc001_0010,
+                0xc001_0015,
+                0xc001_001a,
+                0xc001_001d,
+                0xc001_001f,
+                0xc001_0055,
+                0xc001_0112,
+                0xc001_0113,
+                0xc001_0114,
+                0xc001_0140,
+                0xc001_1020,
+                0xc001_1029,
+                0xc001_102a,
+            ] {
+                assert!(m.read(number).is_ok(), "{number:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_linux_judges_are_right() {
+        let mut m = Machine::new();
+        // Feature control locked without VMX; SVM locked off; TSC at P0; LFENCE serialises; no banks.
+        assert_eq!(m.read(0x3a), Ok(1));
+        assert_eq!(m.read(0xc001_0114), Ok(0x18));
+        assert_eq!(m.read(0xc001_0015), Ok(1 << 24));
+        assert_eq!(m.read(0xc001_1029), Ok(2));
+        assert_eq!(m.read(0x179), Ok(0));
+        assert_eq!(m.read(0xc000_0104), Ok(1 << 32));
+        assert_eq!(m.read(0xfe), Ok(0x508));
+        assert_eq!(m.read(0x1a0), Ok(0x1801));
+    }
+
+    #[test]
+    fn writes_to_constant_msrs_do_nothing() {
+        let mut m = Machine::new();
+        for number in [
+            0x79,
+            0x8b,
+            0x140,
+            0x17a,
+            0x199,
+            0xc001_0015,
+            0xc001_1029,
+            0xc001_0020,
+        ] {
+            let before = m.read(number);
+            m.put(number, 5);
+            assert_eq!(m.read(number), before);
+        }
+        assert_eq!(m.write(0xfe, 0), GP);
+        assert_eq!(m.write(0x3a, 1), GP);
+    }
+
+    #[test]
+    fn unknown_msrs_do_what_the_property_says() {
+        let mut m = Machine::new();
+        for number in [
+            0x480,
+            0x570,
+            0x4000_0010,
+            0x4000_0080,
+            0x4000_00b0,
+            0x4000_00f0,
+            0xdead_beef,
+        ] {
+            m.partition.ignore_unknown_msrs = false;
+            assert_eq!(m.read(number), Err(GeneralProtection), "{number:#x}");
+            assert_eq!(m.write(number, 1), GP);
+            m.partition.ignore_unknown_msrs = true;
+            assert_eq!(m.read(number), Ok(0));
+            m.put(number, 1);
+        }
+        // A known one that refuses the value still does.
+        assert_eq!(m.write(0x277, 2), GP);
+    }
+
+    #[test]
+    fn msrs_of_absent_features_are_unknown() {
+        let mut m = Machine::new();
+        m.vp.features = Features::NONE;
+        for number in [0x3b, 0x48, 0x49, 0x10a, 0x10b, 0xda0, 0xc000_0103] {
+            assert_eq!(m.write(number, 0), GP, "{number:#x}");
+        }
+        for number in [0x3b, 0x48, 0x10a, 0xda0, 0xc000_0103] {
+            assert_eq!(m.read(number), Err(GeneralProtection), "{number:#x}");
+        }
+    }
+
+    #[test]
+    fn x2apic_msrs_need_x2apic_mode() {
+        let mut m = Machine::new();
+        assert_eq!(m.read(0x802), Err(GeneralProtection));
+        let effect = m.write(0x1b, 0xfee0_0d00);
+        assert_eq!(effect, Ok(Effect::Apic(WriteEffect::BaseChanged)));
+        assert_eq!(m.apic.mode(), Mode::X2Apic);
+        assert_eq!(m.read(0x802), Ok(5));
+        assert_eq!(m.write(0x808, 0x30), Ok(Effect::Apic(WriteEffect::None)));
+        assert_eq!(m.read(0x808), Ok(0x30));
+        assert_eq!(m.write(0x808, 0x100), GP);
+    }
+
+    #[test]
+    fn writing_the_tsc_moves_tsc_adjust_with_it() {
+        let mut m = Machine::new();
+        assert_eq!(m.read(0x10), Ok(1_000_000));
+        assert_eq!(m.write(0x10, 5_000_000), Ok(Effect::TscOffset));
+        assert_eq!((m.read(0x10), m.read(0x3b)), (Ok(5_000_000), Ok(4_000_000)));
+        assert_eq!(m.write(0x3b, 0), Ok(Effect::TscOffset));
+        assert_eq!((m.read(0x10), m.read(0x3b)), (Ok(1_000_000), Ok(0)));
+    }
+
+    #[test]
+    fn tsc_deadline_is_the_local_apics() {
+        let mut m = Machine::new();
+        let _ = m.apic.write(0xf0, 0x1ff, 0).unwrap();
+        let _ = m.apic.write(0x320, 0x0004_0040, 0).unwrap();
+        let effect = m.write(0x6e0, 2_000_000);
+        assert_eq!(effect, Ok(Effect::Apic(WriteEffect::TimerChanged)));
+        assert_eq!(m.read(0x6e0), Ok(2_000_000));
+    }
+
+    #[test]
+    fn addresses_have_to_be_canonical() {
+        let mut m = Machine::new();
+        for number in [
+            0x175,
+            0x176,
+            0xc000_0082,
+            0xc000_0083,
+            0xc000_0100,
+            0xc000_0101,
+            0xc000_0102,
+        ] {
+            m.put(number, 0xffff_8000_0000_1000);
+            assert_eq!(m.write(number, 0x8000_0000_0000), GP);
+            assert_eq!(m.read(number), Ok(0xffff_8000_0000_1000));
+        }
+        assert_eq!(m.vp.segments[segment::GS].base, 0xffff_8000_0000_1000);
+    }
+
+    #[test]
+    fn upper_halves_of_32_bit_msrs_are_reserved() {
+        let mut m = Machine::new();
+        for number in [0xc000_0084, 0xc000_0103] {
+            m.put(number, 0xffff_ffff);
+            assert_eq!(m.write(number, 1 << 32), GP);
+        }
+    }
+
+    #[test]
+    fn memory_types_are_checked() {
+        let mut m = Machine::new();
+        m.put(0x277, 0x0007_0406_0007_0406);
+        for bad in [2, 3, 8, 0x0300, 0xff << 56] {
+            assert_eq!(m.write(0x277, bad), GP);
+        }
+        m.put(0x2ff, 0xc06);
+        assert_eq!(m.write(0x2ff, 0x1c06), GP);
+        assert_eq!(m.write(0x2ff, 2), GP);
+        m.put(0x250, 0x0606_0606_0505_0401);
+        assert_eq!(m.write(0x250, 7), GP);
+        m.put(0x200, 0xc000_0000);
+        m.put(0x201, 0xff_c000_0800);
+        assert_eq!(m.write(0x200, 0xc000_0100), GP);
+        assert_eq!(m.write(0x201, 0xc000_0001), GP);
+        assert_eq!(m.write(0x201, 1 << 40), GP);
+        assert_eq!(m.read(0x201), Ok(0xff_c000_0800));
+        m.put(0x20e, 6);
+        assert_eq!(m.read(0x20e), Ok(6));
+        assert_eq!(m.read(0x210), Err(GeneralProtection));
+    }
+
+    #[test]
+    fn speculation_controls_take_what_cpuid_has() {
+        let mut m = Machine::new();
+        m.put(0x48, 5);
+        assert_eq!(m.write(0x48, 1 << 10), GP);
+        assert_eq!(m.read(0x48), Ok(5));
+        m.put(0x49, 0);
+        assert_eq!(m.write(0x49, 1), Ok(Effect::PredictionCommand(1)));
+        assert_eq!(m.write(0x49, 1 << 7), GP);
+        assert_eq!(m.write(0x10b, 1), Ok(Effect::FlushL1d));
+        assert_eq!(m.read(0x10a), Ok(0x2b));
+        assert_eq!(m.write(0x10a, 0), GP);
+    }
+
+    #[test]
+    fn debugctl_keeps_only_branch_stepping() {
+        let mut m = Machine::new();
+        m.put(0x1d9, 3);
+        assert_eq!(m.read(0x1d9), Ok(2));
+        assert_eq!(m.write(0x1d9, 1 << 6), GP);
+    }
+
+    #[test]
+    fn efer_follows_the_rules_of_long_mode() {
+        let mut m = Machine::new();
+        m.put(0xc000_0080, 0xd01);
+        // LMA is not software's.
+        assert_eq!(m.read(0xc000_0080), Ok(0x901));
+        assert_eq!(m.write(0xc000_0080, 1 << 12), GP);
+        m.vp.cr0 = 0x8000_0011;
+        m.vp.efer = 0xd01;
+        assert_eq!(m.write(0xc000_0080, 1), GP);
+        m.put(0xc000_0080, 0x501);
+        assert_eq!(m.read(0xc000_0080), Ok(0x501));
+    }
+
+    #[test]
+    fn hypercall_page_needs_an_identity() {
+        let mut m = Machine::new();
+        let on = 0x5000 | PAGE_ENABLE;
+        assert_eq!(m.write(hv::HYPERCALL, on), Ok(Effect::HypercallPage(None)));
+        assert_eq!(m.read(hv::HYPERCALL), Ok(0x5000));
+        m.put(hv::GUEST_OS_ID, 0x8100 << 48);
+        assert_eq!(
+            m.write(hv::HYPERCALL, on),
+            Ok(Effect::HypercallPage(Some(0x5000)))
+        );
+        assert_eq!(m.read(hv::HYPERCALL), Ok(on));
+        assert_eq!(m.write(hv::HYPERCALL, (1 << 40) | 1), GP);
+        assert_eq!(m.write(hv::GUEST_OS_ID, 0), Ok(Effect::HypercallPage(None)));
+        assert_eq!(m.read(hv::HYPERCALL), Ok(0x5000));
+    }
+
+    #[test]
+    fn locked_hypercall_page_stays() {
+        let mut m = Machine::new();
+        m.put(hv::GUEST_OS_ID, 1);
+        let locked = 0x5000 | PAGE_ENABLE | HYPERCALL_LOCKED;
+        assert_eq!(
+            m.write(hv::HYPERCALL, locked),
+            Ok(Effect::HypercallPage(Some(0x5000)))
+        );
+        m.put(hv::HYPERCALL, 0x9001);
+        assert_eq!(m.read(hv::HYPERCALL), Ok(locked));
+    }
+
+    #[test]
+    fn hypervisor_msrs_answer() {
+        let mut m = Machine::new();
+        assert_eq!(m.read(hv::VP_INDEX), Ok(5));
+        assert_eq!(m.read(hv::TSC_FREQUENCY), Ok(HZ));
+        assert_eq!(m.read(hv::APIC_FREQUENCY), Ok(200_000_000));
+        assert_eq!(m.read(hv::EOI), Err(GeneralProtection));
+        assert_eq!(m.write(hv::EOI, 0), Ok(Effect::Apic(WriteEffect::None)));
+        assert_eq!(m.write(hv::TPR, 0x40), Ok(Effect::Apic(WriteEffect::None)));
+        assert_eq!((m.read(hv::TPR), m.apic.tpr()), (Ok(0x40), 0x40));
+        assert_eq!(m.write(hv::TPR, 0x100), GP);
+        let ipi = m.write(hv::ICR, 0x0300_0000_0000_4040);
+        assert!(matches!(ipi, Ok(Effect::Apic(WriteEffect::Ipi(_)))));
+        let assist = m.write(hv::VP_ASSIST_PAGE, 0x7001);
+        assert_eq!(assist, Ok(Effect::VpAssistPage(Some(0x7000))));
+        assert_eq!(
+            m.write(hv::VP_ASSIST_PAGE, 0),
+            Ok(Effect::VpAssistPage(None))
+        );
+        assert_eq!(m.write(hv::RESET, 1), Ok(Effect::Reset));
+        m.put(hv::TSC_INVARIANT_CONTROL, 1);
+        m.put(hv::TSC_INVARIANT_CONTROL, 0);
+        assert_eq!(m.read(hv::TSC_INVARIANT_CONTROL), Ok(1));
+        assert_eq!(m.write(hv::TSC_INVARIANT_CONTROL, 2), GP);
+        for number in [
+            hv::VP_INDEX,
+            hv::TIME_REF_COUNT,
+            hv::TSC_FREQUENCY,
+            hv::APIC_FREQUENCY,
+        ] {
+            assert_eq!(m.write(number, 0), GP);
+        }
+    }
+
+    #[test]
+    fn hypervisor_msrs_need_their_feature() {
+        let mut m = Machine::new();
+        m.partition.synthetic_features = synthetic::HYPERVISOR_PRESENT;
+        for number in [
+            hv::GUEST_OS_ID,
+            hv::HYPERCALL,
+            hv::VP_INDEX,
+            hv::TIME_REF_COUNT,
+            hv::REFERENCE_TSC,
+            hv::TSC_FREQUENCY,
+            hv::ICR,
+            hv::TPR,
+            hv::VP_ASSIST_PAGE,
+            hv::CRASH_CTL,
+            hv::TSC_INVARIANT_CONTROL,
+        ] {
+            assert_eq!(m.read(number), Err(GeneralProtection), "{number:#x}");
+            assert_eq!(m.write(number, 0), GP, "{number:#x}");
+        }
+    }
+
+    #[test]
+    fn crash_is_reported_with_its_parameters() {
+        let mut m = Machine::new();
+        assert_eq!(m.read(hv::CRASH_CTL), Ok(3 << 62));
+        for index in 0..5 {
+            m.put(hv::CRASH_P0 + index, u64::from(index) + 10);
+            assert_eq!(m.read(hv::CRASH_P0 + index), Ok(u64::from(index) + 10));
+        }
+        assert_eq!(m.write(hv::CRASH_CTL, CRASH_NOTIFY), Ok(Effect::Crash));
+        assert_eq!(m.partition.crash, [10, 11, 12, 13, 14, CRASH_NOTIFY]);
+    }
+
+    #[test]
+    fn reference_time_counts_ten_million_a_second() {
+        for hz in [10_000_001, 19_200_000, 1_000_000_000, HZ, 5_999_999_999] {
+            let host = HostFacts {
+                tsc_hz: hz,
+                ..Machine::new().partition.host
+            };
+            let partition = PartitionState::new(host, 777);
+            for seconds in [0, 1, 86_400, 3_000_000] {
+                let time = reference_time(777 + seconds * hz, &partition);
+                let error = (seconds * REFERENCE_HZ).wrapping_sub(time);
+                assert!(error <= 1, "{hz} {seconds} {time}");
+            }
+            assert_eq!(reference_time(700, &partition), 0);
+        }
+        assert_eq!(reference_scale(1), u64::MAX);
+    }
+
+    #[test]
+    fn reference_time_that_is_set_reads_back() {
+        let mut partition = Machine::new().partition;
+        for value in [0, 1, 9_999_999, 123_456_789_012, 1 << 50] {
+            set_reference_time(value, &mut partition, 5_000);
+            assert_eq!(reference_time(5_000, &partition), value);
+            partition.frozen_at = Some(9_000);
+            set_reference_time(value, &mut partition, 77_000);
+            assert_eq!(reference_time(88_000, &partition), value);
+            partition.frozen_at = None;
+        }
+    }
+
+    #[test]
+    fn reference_page_agrees_with_the_msr() {
+        let mut partition = Machine::new().partition;
+        for (base, offset) in [
+            (1_000, 0),
+            (1 << 40, 0_u64.wrapping_sub(1 << 40)),
+            (5, 1 << 50),
+        ] {
+            partition.reference_base = base;
+            let page = reference_tsc_page(&mut partition, offset);
+            for later in [0, 1, HZ, 1000 * HZ] {
+                let host_tsc = (1 << 41) + later;
+                let tsc = host_tsc.wrapping_add(offset);
+                let by_page = scaled(tsc, page.scale).wrapping_add(page.offset as u64);
+                let by_msr = reference_time(host_tsc, &partition);
+                assert!(by_page.abs_diff(by_msr) <= 1, "{by_page} {by_msr}");
+            }
+        }
+    }
+
+    #[test]
+    fn reference_page_changes_its_sequence_and_is_invalid_while_frozen() {
+        let mut partition = Machine::new().partition;
+        assert_eq!(reference_tsc_page(&mut partition, 0).sequence, 1);
+        assert_eq!(reference_tsc_page(&mut partition, 0).sequence, 2);
+        partition.reference_sequence = u32::MAX - 1;
+        assert_eq!(reference_tsc_page(&mut partition, 0).sequence, 1);
+        partition.frozen_at = Some(5);
+        assert_eq!(reference_tsc_page(&mut partition, 0).sequence, 0);
+    }
+
+    #[test]
+    fn hypercall_page_traps_and_returns() {
+        let mut page = [0; 4096];
+        fill_hypercall_page(&mut page, Vendor::Vmx);
+        assert_eq!(page[..5], [0x0f, 0x01, 0xc1, 0xc3, 0xcc]);
+        fill_hypercall_page(&mut page, Vendor::Svm);
+        assert_eq!(page[..5], [0x0f, 0x01, 0xd9, 0xc3, 0xcc]);
+        assert_eq!(page[4095], 0xcc);
+    }
+
+    #[test]
+    fn cr0_rules() {
+        let mut vp = Machine::new().vp;
+        for bad in [cr0::PG, cr0::NW, 1 << 32] {
+            assert_eq!(validate_cr0(bad, &vp), Err(GeneralProtection), "{bad:#x}");
+        }
+        let write = validate_cr0((1 << 63 >> 63) | (1 << 6), &vp).unwrap();
+        assert_eq!(write.value, 0x11);
+        // Paging with long mode enabled needs PAE, and CS must not be 64-bit.
+        vp.efer = efer::LME;
+        let paging = cr0::PG | cr0::PE;
+        assert_eq!(validate_cr0(paging, &vp), Err(GeneralProtection));
+        vp.cr4 = cr4::PAE;
+        let write = validate_cr0(paging, &vp).unwrap();
+        assert_eq!(
+            (write.efer, write.load_pdptes),
+            (efer::LME | efer::LMA, false)
+        );
+        assert!(write.flush);
+        vp.segments[segment::CS].rights = 0xa09b;
+        assert_eq!(validate_cr0(paging, &vp), Err(GeneralProtection));
+        // And cannot be left from 64-bit mode, nor with PCIDs.
+        vp.cr0 = paging | cr0::ET;
+        vp.efer |= efer::LMA;
+        assert_eq!(validate_cr0(cr0::PE, &vp), Err(GeneralProtection));
+        vp.segments[segment::CS].rights = 0xc09b;
+        assert_eq!(validate_cr0(cr0::PE, &vp).unwrap().efer, efer::LME);
+        vp.cr4 |= cr4::PCIDE;
+        assert_eq!(validate_cr0(cr0::PE, &vp), Err(GeneralProtection));
+    }
+
+    #[test]
+    fn pae_paging_loads_the_pointers() {
+        let mut vp = Machine::new().vp;
+        vp.cr4 = cr4::PAE;
+        assert!(validate_cr0(cr0::PG | cr0::PE, &vp).unwrap().load_pdptes);
+        vp.cr0 = cr0::PG | cr0::PE | cr0::ET;
+        assert!(!validate_cr0(vp.cr0 | cr0::WP, &vp).unwrap().load_pdptes);
+        assert!(validate_cr3(0x1000, &vp).unwrap().load_pdptes);
+        assert!(validate_cr4(cr4::PAE | cr4::PGE, &vp).unwrap().load_pdptes);
+        assert!(!validate_cr4(cr4::PAE | (1 << 9), &vp).unwrap().load_pdptes);
+    }
+
+    #[test]
+    fn cr3_rules() {
+        let mut vp = Machine::new().vp;
+        assert_eq!(validate_cr3((1 << 45) | 0x1018, &vp).unwrap().value, 0x1018);
+        vp.efer = efer::LMA;
+        assert_eq!(validate_cr3(1 << 45, &vp), Err(GeneralProtection));
+        assert_eq!(
+            validate_cr3((1 << 63) | 0x1001, &vp),
+            Err(GeneralProtection)
+        );
+        vp.cr4 = cr4::PCIDE;
+        let keep = validate_cr3((1 << 63) | 0x1001, &vp).unwrap();
+        assert_eq!((keep.value, keep.flush), (0x1001, false));
+    }
+
+    #[test]
+    fn cr4_rules() {
+        let mut vp = Machine::new().vp;
+        for absent in [cr4::VMXE, cr4::SMXE, cr4::CET, cr4::FRED, 1 << 63] {
+            assert_eq!(validate_cr4(absent, &vp), Err(GeneralProtection));
+        }
+        assert_eq!(validate_cr4(cr4::PCIDE, &vp), Err(GeneralProtection));
+        vp.efer = efer::LMA;
+        vp.cr4 = cr4::PAE;
+        assert!(validate_cr4(cr4::PAE | cr4::PCIDE, &vp).is_ok());
+        vp.cr3 = 1;
+        assert_eq!(
+            validate_cr4(cr4::PAE | cr4::PCIDE, &vp),
+            Err(GeneralProtection)
+        );
+        assert_eq!(validate_cr4(0, &vp), Err(GeneralProtection));
+        assert_eq!(
+            validate_cr4(cr4::PAE | cr4::LA57, &vp),
+            Err(GeneralProtection)
+        );
+    }
+
+    #[test]
+    fn xcr0_rules() {
+        let features = Machine::new().vp.features;
+        for good in [1, 3, 7, 0xe7] {
+            assert_eq!(validate_xcr0(good, &features), Ok(good));
+        }
+        for bad in [0, 2, 5, 0x27, 0xe3, 0x207, 0x6_0003] {
+            assert_eq!(
+                validate_xcr0(bad, &features),
+                Err(GeneralProtection),
+                "{bad:#x}"
+            );
+        }
+    }
+}

@@ -259,3 +259,246 @@ pub fn unsupported_feature(vp_index: u32, code: u64) -> Message {
     new.put(8, code);
     new.0
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::unwrap_used
+)]
+mod tests {
+    use super::*;
+    use core::mem::{offset_of, size_of};
+    use hv_abi::partition::{ApicEoi, InterceptHeader, IoPortIntercept, MemoryIntercept};
+
+    const BYTES: [u8; 16] = [
+        0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18, 0x19, 0x1a, 0x1b, 0x1c, 0x1d, 0x1e,
+        0x1f,
+    ];
+
+    /// A field of the payload.
+    fn field(message: &Message, offset: usize, size: usize) -> u64 {
+        let bytes: Vec<u8> = message.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut value = [0; 8];
+        value[..size].copy_from_slice(&bytes[PAYLOAD + offset..PAYLOAD + offset + size]);
+        u64::from_le_bytes(value)
+    }
+
+    fn head(message: &Message) -> (u32, u8) {
+        assert_eq!((message[0] >> 40, message[1]), (0, 0));
+        (message[0] as u32, (message[0] >> 32) as u8)
+    }
+
+    fn vp() -> VpState {
+        let mut vp = VpState::reset(true);
+        for (index, register) in vp.context.gprs.iter_mut().enumerate() {
+            *register = 0x1111_1111_1111_1100 + index as u64;
+        }
+        vp.rip = 0xffff_8000_0000_1234;
+        vp.rflags = 0x10246;
+        vp.cr0 = 0x8005_0033;
+        vp.efer = 0xd01;
+        vp.segments[segment::CS].rights = 0xa09b;
+        vp.segments[segment::CS].selector = 0x10;
+        vp.segments[segment::SS].rights = 0xc0f3;
+        vp.segments[segment::ES].base = 0xe5_0000;
+        vp.segments[segment::DS].base = 0xd5_0000;
+        vp.segments[segment::FS].base = 0xf5_0000;
+        vp
+    }
+
+    #[test]
+    fn header_shows_the_state_before_the_instruction() {
+        let mut vp = vp();
+        vp.dr7 = 0x401;
+        vp.pending_interruption = 1;
+        vp.interrupt_shadow = true;
+        let message = msr(7, &vp, 0xb, 2, true);
+        assert_eq!(head(&message), (0x8001_0001, 64));
+        assert_eq!(field(&message, 0, 4), 7);
+        assert_eq!(
+            field(&message, offset_of!(InterceptHeader, length_cr8), 1),
+            0xb2
+        );
+        assert_eq!(
+            field(&message, offset_of!(InterceptHeader, access_type), 1),
+            1
+        );
+        // CPL 3, PE, AM, LMA, debug, interruption pending, shadow.
+        let state = field(&message, offset_of!(InterceptHeader, execution_state), 2);
+        assert_eq!(state, 0x107f);
+        assert_eq!(field(&message, 8, 8), 0xffff_0000);
+        assert_eq!(
+            field(&message, 16, 8),
+            0xffff | (0x10 << 32) | (0xa09b << 48)
+        );
+        assert_eq!(field(&message, offset_of!(InterceptHeader, rip), 8), vp.rip);
+        assert_eq!(
+            field(&message, offset_of!(InterceptHeader, rflags), 8),
+            vp.rflags
+        );
+    }
+
+    #[test]
+    fn privilege_level_is_that_of_the_mode() {
+        let mut vp = vp();
+        assert_eq!(cpl(&vp), 3);
+        vp.segments[segment::SS].rights = 0xc093;
+        assert_eq!(cpl(&vp), 0);
+        vp.rflags |= RFLAGS_VM;
+        assert_eq!(cpl(&vp), 3);
+        vp.cr0 = 0x10;
+        assert_eq!(cpl(&vp), 0);
+    }
+
+    #[test]
+    fn memory_message_is_laid_out_as_the_header_file_says() {
+        let vp = vp();
+        let message = memory(
+            1,
+            &vp,
+            0x57,
+            false,
+            access::WRITE,
+            Some(0xabc_d123),
+            0xfee0_0123,
+            BYTES,
+            9,
+        );
+        assert_eq!(
+            head(&message),
+            (0x8000_0000, size_of::<MemoryIntercept>() as u8)
+        );
+        assert_eq!(field(&message, 4, 1), 0x50);
+        assert_eq!(field(&message, 5, 1), 1);
+        let at = |offset, size| field(&message, offset, size);
+        assert_eq!(at(offset_of!(MemoryIntercept, cache_type), 4), 0);
+        assert_eq!(
+            at(offset_of!(MemoryIntercept, instruction_byte_count), 1),
+            9
+        );
+        assert_eq!(at(offset_of!(MemoryIntercept, access_info), 1), 3);
+        assert_eq!(at(offset_of!(MemoryIntercept, tpr_priority), 1), 5);
+        assert_eq!(at(offset_of!(MemoryIntercept, gva), 8), 0xabc_d123);
+        assert_eq!(at(offset_of!(MemoryIntercept, gpa), 8), 0xfee0_0123);
+        let bytes = offset_of!(MemoryIntercept, instruction_bytes);
+        assert_eq!(
+            at(bytes, 8),
+            u64::from_le_bytes(BYTES[..8].try_into().unwrap())
+        );
+        assert_eq!(
+            at(bytes + 8, 8),
+            u64::from_le_bytes(BYTES[8..].try_into().unwrap())
+        );
+        assert_eq!(message[12..], [0; 20]);
+    }
+
+    #[test]
+    fn memory_without_the_right_is_another_message_than_no_memory() {
+        let vp = vp();
+        let message = memory(1, &vp, 0, true, access::EXECUTE, None, 0x5000, BYTES, 200);
+        assert_eq!(head(&message).0, 0x8000_0001);
+        assert_eq!(field(&message, 40, 4), 6);
+        assert_eq!(field(&message, 44, 1), 16);
+        assert_eq!(field(&message, 45, 1), 0);
+        assert_eq!(field(&message, 5, 1), 2);
+    }
+
+    #[test]
+    fn port_message_is_laid_out_as_the_header_file_says() {
+        let vp = vp();
+        let io = IoAccess {
+            port: 0x3f8,
+            size: 4,
+            is_in: false,
+            string: true,
+            rep: true,
+            segment: segment::FS as u8,
+            length: 3,
+        };
+        let message = io_port(2, &vp, 1, &io, BYTES, 16);
+        assert_eq!(
+            head(&message),
+            (0x8001_0000, size_of::<IoPortIntercept>() as u8)
+        );
+        let at = |offset, size| field(&message, offset, size);
+        assert_eq!((at(4, 1), at(5, 1)), (0x13, 1));
+        assert_eq!(at(offset_of!(IoPortIntercept, port), 2), 0x3f8);
+        assert_eq!(at(offset_of!(IoPortIntercept, access_info), 1), 0x1c);
+        assert_eq!(
+            at(offset_of!(IoPortIntercept, instruction_byte_count), 1),
+            16
+        );
+        assert_eq!(at(offset_of!(IoPortIntercept, rax), 8), vp.context.gprs[0]);
+        assert_eq!(at(offset_of!(IoPortIntercept, instruction_bytes), 1), 0x10);
+        assert_eq!(at(offset_of!(IoPortIntercept, ds), 8), 0xf5_0000);
+        assert_eq!(at(offset_of!(IoPortIntercept, es), 8), 0xe5_0000);
+        assert_eq!(at(offset_of!(IoPortIntercept, rcx), 8), vp.context.gprs[1]);
+        assert_eq!(at(offset_of!(IoPortIntercept, rsi), 8), vp.context.gprs[6]);
+        assert_eq!(at(offset_of!(IoPortIntercept, rdi), 8), vp.context.gprs[7]);
+        let input = IoAccess {
+            is_in: true,
+            string: false,
+            rep: false,
+            ..io
+        };
+        let message = io_port(2, &vp, 1, &input, BYTES, 1);
+        assert_eq!((field(&message, 5, 1), field(&message, 42, 1)), (0, 4));
+        assert_eq!(field(&message, 72, 8), 0xd5_0000);
+    }
+
+    #[test]
+    fn segment_that_does_not_exist_is_zero() {
+        let io = IoAccess {
+            port: 0,
+            size: 1,
+            is_in: false,
+            string: true,
+            rep: false,
+            segment: 200,
+            length: 1,
+        };
+        let message = io_port(0, &vp(), 0, &io, BYTES, 1);
+        assert_eq!((field(&message, 72, 8), field(&message, 80, 8)), (0, 0));
+    }
+
+    #[test]
+    fn msr_and_cpuid_messages_hold_the_registers() {
+        let vp = vp();
+        let message = msr(0, &vp, 0, 2, false);
+        assert_eq!(field(&message, 40, 8), 0x1111_1101);
+        assert_eq!(field(&message, 48, 8), vp.context.gprs[2]);
+        assert_eq!(field(&message, 56, 8), vp.context.gprs[0]);
+        let message = cpuid(0, &vp, 0, 2, [1, 2, 3, 4]);
+        assert_eq!(head(&message), (0x8001_0002, 104));
+        let registers = [40, 48, 56, 64].map(|offset| field(&message, offset, 8));
+        assert_eq!(registers, [0, 1, 2, 3].map(|index| vp.context.gprs[index]));
+        let defaults = [72, 80, 88, 96].map(|offset| field(&message, offset, 8));
+        assert_eq!(defaults, [1, 3, 4, 2]);
+    }
+
+    #[test]
+    fn short_messages_name_the_vp() {
+        let eoi = apic_eoi(3, 0x41);
+        assert_eq!(head(&eoi), (0x8001_0004, size_of::<ApicEoi>() as u8));
+        assert_eq!((field(&eoi, 0, 4), field(&eoi, 4, 4)), (3, 0x41));
+        let invalid = invalid_vp_register(3);
+        assert_eq!((head(&invalid), invalid[2]), ((0x8000_0020, 8), 3));
+        let unsupported = unsupported_feature(3, 0x1234);
+        assert_eq!(head(&unsupported), (0x8000_0022, 16));
+        assert_eq!((unsupported[2], unsupported[3]), (3 | (1 << 32), 0x1234));
+    }
+
+    #[test]
+    fn end_of_the_vp_is_told_by_a_header() {
+        let vp = vp();
+        for (message, kind) in [
+            (unrecoverable_exception(4, &vp), 0x8000_0021),
+            (halt(4, &vp), 0x8001_0007),
+        ] {
+            assert_eq!(head(&message), (kind, 40));
+            assert_eq!(field(&message, 24, 8), vp.rip);
+            assert_eq!(message[7..], [0; 25]);
+        }
+    }
+}

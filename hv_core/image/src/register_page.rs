@@ -144,3 +144,134 @@ pub fn absorb(page: &RegisterPage, vp: &mut VpState, xsave: &mut [u8; XSAVE_BYTE
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+mod tests {
+    use super::*;
+
+    const EVERY: u32 = 0x1f;
+
+    fn changed() -> (VpState, [u8; XSAVE_BYTES]) {
+        let mut vp = VpState::reset(false);
+        for (index, register) in vp.context.gprs.iter_mut().enumerate() {
+            *register = 0x1000 + index as u64;
+        }
+        vp.rip = 0x7c00;
+        vp.rflags = 0x202;
+        vp.segments[segment::CS].selector = 0x8;
+        vp.segments[segment::FS].base = 0xf5;
+        vp.interrupt_shadow = true;
+        vp.nmi_masked = true;
+        vp.pending_interruption = 0x8_0001;
+        let mut xsave = [0; XSAVE_BYTES];
+        for index in 0..16 {
+            fpu::set_xmm(&mut xsave, index, [index as u64, 99]);
+        }
+        (vp, xsave)
+    }
+
+    #[test]
+    fn page_is_valid_and_clean_when_filled() {
+        let (vp, xsave) = changed();
+        let page = fill(&vp, 6, &xsave);
+        assert_eq!((page.version, page.is_valid, page.dirty), (1, 1, 0));
+        assert_eq!((page.rip, page.rflags, page.cr8), (0x7c00, 0x202, 6));
+        assert_eq!((page.gprs[4], page.xmm[5]), (0x1004, [5, 99]));
+        assert_eq!(page.segments[1][1], 0xffff | (8 << 32) | (0x9b << 48));
+        assert_eq!(
+            (page.interrupt_state, page.pending_interruption),
+            (3, 0x8_0001)
+        );
+        assert_eq!((page.cr0, page.dr7, page.xfem), (0x6000_0010, 0x400, 1));
+        assert_eq!(page.interrupt_vectors, 0);
+    }
+
+    #[test]
+    fn clean_groups_are_ignored() {
+        let (from, xsave_from) = changed();
+        let page = fill(&from, 0, &xsave_from);
+        let mut vp = VpState::reset(true);
+        let mut xsave = [0; XSAVE_BYTES];
+        let before = fill(&vp, 0, &xsave);
+        absorb(&page, &mut vp, &mut xsave);
+        assert_eq!(fill(&vp, 0, &xsave), before);
+        absorb(
+            &RegisterPage {
+                dirty: !EVERY,
+                ..page
+            },
+            &mut vp,
+            &mut xsave,
+        );
+        assert_eq!(fill(&vp, 0, &xsave), before);
+    }
+
+    #[test]
+    fn each_dirty_bit_takes_in_its_group() {
+        let (from, xsave_from) = changed();
+        let page = fill(&from, 0, &xsave_from);
+        for bit in 0..5 {
+            let mut vp = VpState::reset(true);
+            let mut xsave = [0; XSAVE_BYTES];
+            let before = fill(&vp, 0, &xsave);
+            absorb(
+                &RegisterPage {
+                    dirty: 1 << bit,
+                    ..page
+                },
+                &mut vp,
+                &mut xsave,
+            );
+            let after = fill(&vp, 0, &xsave);
+            let taken = [
+                after.gprs != before.gprs,
+                after.rip != before.rip,
+                after.xmm != before.xmm,
+                after.segments != before.segments,
+                after.rflags != before.rflags,
+            ];
+            assert_eq!(taken, core::array::from_fn(|index| index == bit));
+        }
+    }
+
+    #[test]
+    fn control_registers_cannot_be_set_by_the_page() {
+        let (from, xsave) = changed();
+        let mut page = fill(&from, 0, &xsave);
+        page.cr0 = 1;
+        page.efer = 1;
+        page.pending_interruption = 1;
+        page.interrupt_vectors = u64::MAX;
+        page.dirty = EVERY;
+        let mut vp = VpState::reset(true);
+        absorb(&page, &mut vp, &mut [0; XSAVE_BYTES]);
+        assert_eq!(
+            (vp.cr0, vp.efer, vp.pending_interruption),
+            (0x6000_0010, 0, 0)
+        );
+    }
+
+    #[test]
+    fn other_xmm_registers_survive() {
+        let (mut vp, mut xsave) = changed();
+        let mut page = fill(&vp, 0, &xsave);
+        page.xmm = [[7; 2]; 6];
+        page.dirty = dirty::XMM;
+        absorb(&page, &mut vp, &mut xsave);
+        assert_eq!(fpu::xmm(&xsave, 5), [7, 7]);
+        assert_eq!(fpu::xmm(&xsave, 6), [6, 99]);
+    }
+
+    #[test]
+    fn rflags_from_the_page_have_bit_1() {
+        let (mut vp, mut xsave) = changed();
+        let page = RegisterPage {
+            rflags: 0x44,
+            dirty: dirty::FLAGS,
+            ..fill(&vp, 0, &xsave)
+        };
+        absorb(&page, &mut vp, &mut xsave);
+        assert_eq!(vp.rflags, 0x46);
+    }
+}

@@ -740,3 +740,450 @@ pub fn reset(vp: &mut VpState, apic: &mut LocalApic) {
     vp.halt_suspend = false;
     vp.startup_suspend = !apic.is_bsp();
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+mod tests {
+    use super::*;
+    use crate::apic::{ApicConfig, Mode};
+    use crate::child_cpuid::Features;
+    use crate::vp_state::HostFacts;
+    use hv_abi::boot::Vendor;
+
+    const HZ: u64 = 2_000_000_000;
+
+    struct Machine {
+        vp: VpState,
+        apic: LocalApic,
+        partition: PartitionState,
+        xsave: [u8; XSAVE_BYTES],
+        index: u32,
+        tsc: u64,
+    }
+
+    impl Machine {
+        fn new(index: u32) -> Self {
+            let clock = TimerClock::new(HZ, TimerClock::HYPERV_APIC_HZ).unwrap();
+            let config = ApicConfig {
+                x2apic: true,
+                tsc_deadline: true,
+                physical_address_bits: 40,
+                clock,
+            };
+            let host = HostFacts {
+                vendor: Vendor::Vmx,
+                tsc_hz: HZ,
+                xcr0: 7,
+                arch_capabilities: 0,
+            };
+            let mut xsave = [0; XSAVE_BYTES];
+            xsave[0] = 0x7f;
+            xsave[1] = 3;
+            xsave[24] = 0x80;
+            xsave[25] = 0x1f;
+            let mut vp = VpState::reset(index == 0);
+            vp.features = Features {
+                xcr0: 7,
+                ..Features::NONE
+            };
+            Self {
+                vp,
+                apic: LocalApic::new(config, index, index == 0),
+                partition: PartitionState::new(host, 1000),
+                xsave,
+                index,
+                tsc: 1_000_000,
+            }
+        }
+
+        fn registers(&mut self) -> Registers<'_> {
+            Registers {
+                vp: &mut self.vp,
+                apic: &mut self.apic,
+                partition: &mut self.partition,
+                xsave: &mut self.xsave,
+                vp_index: self.index,
+                host_tsc: self.tsc,
+            }
+        }
+
+        fn get(&mut self, number: u32) -> [u64; 2] {
+            self.registers().get(number).unwrap()
+        }
+
+        fn set(&mut self, number: u32, low: u64) -> Result<Effect, HvStatus> {
+            self.registers().set(number, [low, 0])
+        }
+
+        fn put(&mut self, number: u32, low: u64) {
+            self.put_pair(number, [low, 0]);
+        }
+
+        fn put_pair(&mut self, number: u32, value: [u64; 2]) {
+            let _ = self.registers().set(number, value).unwrap();
+        }
+    }
+
+    /// Names that QEMU, the mshv crates and Cloud Hypervisor read and write in lists.
+    fn client_names() -> Vec<u32> {
+        let mut names = vec![];
+        for (first, last) in [
+            (0x2_0000, 0x2_0011),
+            (0x3_0000, 0x3_0019),
+            (0x4_0000, 0x4_0005),
+            (0x5_0000, 0x5_0005),
+            (0x6_0000, 0x6_0007),
+            (0x7_0000, 0x7_0001),
+            (0x8_0000, 0x8_000b),
+            (0x8_000e, 0x8_000e),
+            (0x8_0010, 0x8_0017),
+            (0x8_0040, 0x8_0047),
+            (0x8_0070, 0x8_007b),
+            (0x8_007d, 0x8_007d),
+            (0x8_0084, 0x8_0084),
+            (0x8_008b, 0x8_0093),
+            (0x8_0096, 0x8_0096),
+            (0x9_0001, 0x9_0002),
+            (0x9_0017, 0x9_0017),
+            (0xa_0000, 0xa_0010),
+            (0xa_0012, 0xa_0014),
+            (0x1_0002, 0x1_0006),
+            (0x0, 0x1),
+            (0x4, 0x4),
+        ] {
+            names.extend(first..=last);
+        }
+        names
+    }
+
+    #[test]
+    fn every_register_of_the_clients_lists_can_be_read_and_written_back() {
+        for index in [0, 1] {
+            let mut m = Machine::new(index);
+            for number in client_names() {
+                let value = m.registers().get(number);
+                let value = value.unwrap_or_else(|status| panic!("{number:#x}: {status:?}"));
+                let set = m.registers().set(number, value);
+                assert!(set.is_ok(), "{number:#x} {value:x?} {set:?}");
+                assert_eq!(m.get(number), value, "{number:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_invalid_parameters() {
+        let mut m = Machine::new(0);
+        for number in [0x5, 0x4_0006, 0x6_0008, 0x8_00ff, 0xc_0000, u32::MAX] {
+            assert_eq!(m.registers().get(number), Err(HvStatus::INVALID_PARAMETER));
+            assert_eq!(m.set(number, 0), Err(HvStatus::INVALID_PARAMETER));
+        }
+    }
+
+    #[test]
+    fn read_only_registers_cannot_be_set() {
+        let mut m = Machine::new(0);
+        for number in [
+            name::VP_INDEX,
+            name::TIME_REF_COUNT,
+            name::SVERSION,
+            name::MTRR_CAP,
+        ] {
+            assert_eq!(m.set(number, 0), Err(HvStatus::INVALID_PARAMETER));
+        }
+    }
+
+    #[test]
+    fn fresh_vp_is_suspended_and_all_but_the_first_wait_for_sipi() {
+        let mut m = Machine::new(0);
+        assert_eq!(m.get(name::EXPLICIT_SUSPEND), [1, 0]);
+        assert_eq!(m.get(name::INTERCEPT_SUSPEND), [0, 0]);
+        assert_eq!(m.get(name::INTERNAL_ACTIVITY_STATE), [0, 0]);
+        assert_eq!(Machine::new(1).get(name::INTERNAL_ACTIVITY_STATE), [1, 0]);
+    }
+
+    #[test]
+    fn fresh_synic_reads_masked_and_off() {
+        let mut m = Machine::new(0);
+        for number in name::SINT0..=name::SINT15 {
+            assert_eq!(m.get(number), [0x10000, 0]);
+        }
+        for number in [name::SCONTROL, name::SIEFP, name::SIMP, name::EOM] {
+            assert_eq!(m.get(number), [0, 0]);
+        }
+        assert_eq!(m.set(name::EOM, 5), Ok(Effect::None));
+        assert_eq!(m.get(name::EOM), [0, 0]);
+    }
+
+    #[test]
+    fn rflags_always_have_bit_1() {
+        let mut m = Machine::new(0);
+        m.put(name::RFLAGS, 0x44);
+        assert_eq!(m.get(name::RFLAGS), [0x46, 0]);
+    }
+
+    #[test]
+    fn segment_attributes_round_trip() {
+        let mut m = Machine::new(0);
+        for attributes in [
+            0x9b_u64, 0x93, 0x8b, 0x82, 0xa09b, 0xc093, 0x00f3, 0x0000, 0x1002,
+        ] {
+            for number in name::ES..=name::TR {
+                let value = [0x1234_5000, 0xf_ffff | (0x28 << 32) | (attributes << 48)];
+                m.put_pair(number, value);
+                assert_eq!(m.get(number), value);
+            }
+        }
+    }
+
+    #[test]
+    fn segment_that_is_not_present_is_unusable() {
+        let mut m = Machine::new(0);
+        m.put_pair(name::ES, [0, 0xffff | (0x13 << 48)]);
+        assert_eq!(m.vp.segments[segment::ES].rights, UNUSABLE | 0x13);
+        m.put_pair(name::ES, [0, 0xffff | (0x93 << 48)]);
+        assert_eq!(m.vp.segments[segment::ES].rights, 0x93);
+        // As VM exits leave it.
+        m.vp.segments[segment::ES].rights = UNUSABLE | 0xc093;
+        assert_eq!(m.get(name::ES)[1] >> 48, 0xc013);
+    }
+
+    #[test]
+    fn tables_keep_their_limit_in_the_upper_word() {
+        let mut m = Machine::new(0);
+        m.put_pair(name::GDTR, [0x7f << 48, 0xffff_8000_0000_1000]);
+        assert_eq!(
+            (m.vp.gdtr.limit, m.vp.gdtr.base),
+            (0x7f, 0xffff_8000_0000_1000)
+        );
+        assert_eq!(m.get(name::GDTR), [0x7f << 48, 0xffff_8000_0000_1000]);
+    }
+
+    #[test]
+    fn notifications_are_refused() {
+        let mut m = Machine::new(0);
+        let number = name::DELIVERABILITY_NOTIFICATIONS;
+        assert_eq!(m.set(number, 0), Ok(Effect::None));
+        assert_eq!(m.set(number, 1), Err(HvStatus(5)));
+    }
+
+    #[test]
+    fn inconsistent_control_registers_are_stored_as_given() {
+        let mut m = Machine::new(0);
+        m.put(name::CR0, 0x8000_0001);
+        m.put(name::EFER, 0xd01);
+        m.put(name::CR4, 0x20);
+        assert_eq!((m.vp.cr0, m.vp.cr4, m.vp.efer), (0x8000_0001, 0x20, 0xd01));
+        m.put(name::INTERMEDIATE_CR3, 0x5000);
+        assert_eq!(m.get(name::CR3), [0x5000, 0]);
+    }
+
+    #[test]
+    fn what_the_hypervisor_would_fault_on_is_refused() {
+        let mut m = Machine::new(0);
+        for (number, value) in [
+            (name::LSTAR, 0x8000_0000_0000_0000),
+            (name::CSTAR, 1 << 47),
+            (name::KERNEL_GS_BASE, 1 << 50),
+            (name::SYSENTER_EIP, 1 << 63),
+            (name::SFMASK, 1 << 32),
+            (name::TSC_AUX, 1 << 32),
+            (name::XFEM, 0),
+            (name::XFEM, 5),
+            (name::XFEM, (1 << 17) | 3),
+            (name::SPEC_CTRL, 1),
+            (name::DR7, 1 << 32),
+            (name::U_XSS, 1 << 8),
+            (name::U_CET, 1),
+            (name::CR8, 16),
+            (name::APIC_BASE, 1 << 50),
+            (name::INITIAL_APIC_ID, 9),
+        ] {
+            let before = m.vp;
+            assert_eq!(
+                m.set(number, value),
+                Err(BAD_VALUE),
+                "{number:#x} {value:#x}"
+            );
+            assert_eq!(m.vp.xcr0, before.xcr0);
+        }
+        let bad_mxcsr = m.registers().set(name::XMM_CONTROL_STATUS, [0, 1 << 16]);
+        assert_eq!(bad_mxcsr, Err(BAD_VALUE));
+    }
+
+    #[test]
+    fn cr8_is_the_task_priority() {
+        let mut m = Machine::new(0);
+        m.apic.set_tpr(0x57);
+        assert_eq!(m.get(name::CR8), [5, 0]);
+        m.put(name::CR8, 5);
+        assert_eq!(m.apic.tpr(), 0x57);
+        m.put(name::INTERMEDIATE_CR8, 6);
+        assert_eq!(m.apic.tpr(), 0x60);
+    }
+
+    #[test]
+    fn apic_base_selects_the_mode() {
+        let mut m = Machine::new(0);
+        assert_eq!(m.get(name::APIC_BASE), [0xfee0_0900, 0]);
+        let set = m.set(name::APIC_BASE, 0xfee0_0d00);
+        assert_eq!(set, Ok(Effect::Apic(WriteEffect::BaseChanged)));
+        assert_eq!(m.apic.mode(), Mode::X2Apic);
+    }
+
+    #[test]
+    fn floating_point_registers_in_initial_state_read_so() {
+        let mut m = Machine::new(0);
+        // Left-overs that do not count.
+        m.xsave[32..416].fill(0xee);
+        assert_eq!(m.get(name::XMM0), [0, 0]);
+        assert_eq!(m.get(name::FP_MMX0 + 3), [0, 0]);
+        assert_eq!(m.get(name::FP_CONTROL_STATUS), [0x37f, 0]);
+        assert_eq!(m.get(name::XMM_CONTROL_STATUS), [0, 0xffff_0000_1f80]);
+        m.put_pair(name::XMM0 + 5, [1, 2]);
+        assert_eq!(m.get(name::XMM0 + 5), [1, 2]);
+        assert_eq!(m.get(name::XMM0 + 4), [0, 0]);
+        m.put_pair(name::FP_MMX7, [3, 0x1_4005]);
+        assert_eq!(m.get(name::FP_MMX7), [3, 0x4005]);
+        assert_eq!(m.get(name::FP_MMX0), [0, 0]);
+        assert_eq!(m.get(name::FP_CONTROL_STATUS), [0x37f, 0]);
+        assert_eq!(m.xsave[512], 3);
+    }
+
+    #[test]
+    fn floating_point_control_is_where_xsave_has_it() {
+        let mut m = Machine::new(0);
+        let low = 0x027f | (0x3800 << 16) | (0x81 << 32) | (0x123 << 48);
+        m.put_pair(name::FP_CONTROL_STATUS, [low, 0x1000]);
+        m.put_pair(name::XMM_CONTROL_STATUS, [0x2000, 0xffff_0000_9fc0]);
+        assert_eq!(m.get(name::FP_CONTROL_STATUS), [low, 0x1000]);
+        assert_eq!(m.get(name::XMM_CONTROL_STATUS), [0x2000, 0xffff_0000_9fc0]);
+        assert_eq!(m.xsave[..8], [0x7f, 2, 0, 0x38, 0x81, 0, 0x23, 1]);
+        assert_eq!(
+            (m.xsave[8..10].to_vec(), m.xsave[17]),
+            (vec![0, 0x10], 0x20)
+        );
+        assert_eq!(m.xsave[24..28], [0xc0, 0x9f, 0, 0]);
+    }
+
+    #[test]
+    fn storing_the_tsc_that_was_loaded_changes_nothing() {
+        let mut m = Machine::new(0);
+        let [tsc, _] = m.get(name::TSC);
+        let offset = m.vp.tsc_offset;
+        m.tsc += 5_000_000;
+        assert_eq!(m.set(name::TSC, tsc), Ok(Effect::None));
+        assert_eq!(m.vp.tsc_offset, offset);
+        // It has run since.
+        m.vp.tsc_read = None;
+        assert_eq!(m.set(name::TSC, tsc), Ok(Effect::TscOffset));
+        assert_eq!(m.get(name::TSC), [tsc, 0]);
+    }
+
+    #[test]
+    fn tscs_set_at_about_the_same_time_are_the_same() {
+        let mut boot = Machine::new(0);
+        let mut other = Machine::new(1);
+        boot.tsc = 50 * HZ;
+        boot.put(name::TSC, 0);
+        assert_eq!(boot.vp.tsc_offset, 0_u64.wrapping_sub(50 * HZ));
+        other.partition = boot.partition;
+        other.tsc = boot.tsc + HZ / 3;
+        other.put(name::TSC, 0);
+        assert_eq!(other.vp.tsc_offset, boot.vp.tsc_offset);
+        // A reset much later starts anew, whoever comes first.
+        other.tsc += 100 * HZ;
+        other.put(name::TSC, 0);
+        assert_eq!(other.get(name::TSC), [0, 0]);
+        boot.partition = other.partition;
+        boot.tsc = other.tsc + 77;
+        boot.put(name::TSC, 0);
+        assert_eq!(boot.vp.tsc_offset, other.vp.tsc_offset);
+    }
+
+    #[test]
+    fn one_vp_can_set_its_tsc_twice() {
+        let mut m = Machine::new(0);
+        m.put(name::TSC, 1 << 40);
+        m.put(name::TSC, (1 << 40) | 5);
+        assert_eq!(m.get(name::TSC), [(1 << 40) | 5, 0]);
+    }
+
+    #[test]
+    fn pages_appear_and_vanish_with_their_registers() {
+        let mut m = Machine::new(0);
+        let on = 0x1234_5001;
+        let page = Some(0x1234_5000);
+        assert_eq!(m.set(name::HYPERCALL, on), Ok(Effect::HypercallPage(page)));
+        assert_eq!(m.set(name::HYPERCALL, on), Ok(Effect::None));
+        assert_eq!(m.set(name::HYPERCALL, 0), Ok(Effect::HypercallPage(None)));
+        assert_eq!(
+            m.set(name::REFERENCE_TSC, on),
+            Ok(Effect::ReferenceTscPage(page))
+        );
+        assert_eq!(
+            m.set(name::VP_ASSIST_PAGE, on),
+            Ok(Effect::VpAssistPage(page))
+        );
+    }
+
+    fn write_reset(m: &mut Machine, apic_base: u64) -> SetGroup {
+        let mut group = SetGroup::default();
+        m.put(name::RIP, 0xfff0);
+        let code = [0xffff_0000, 0xffff | (0xf000 << 32) | (0x9b << 48)];
+        for (number, value) in [
+            (name::CS, code),
+            (name::CR0, [0x6000_0010, 0]),
+            (name::EFER, [0, 0]),
+            (name::APIC_BASE, [apic_base, 0]),
+        ] {
+            group.note(number);
+            m.put_pair(number, value);
+        }
+        group
+    }
+
+    #[test]
+    fn vmm_that_writes_the_reset_state_resets_the_vp() {
+        let mut m = Machine::new(1);
+        m.vp.startup_suspend = false;
+        m.vp.halt_suspend = true;
+        m.vp.simp = 0x5001;
+        m.vp.pending_interruption = 1;
+        m.vp.cr0 = 0x8005_0033;
+        let _ = m.apic.write(0x350, 0x0001_0700, 0).unwrap();
+        let _ = m.apic.write(0xf0, 0x1ff, 0).unwrap();
+        let group = write_reset(&mut m, 0xfee0_0800);
+        assert!(group.is_reset(&m.vp));
+        reset(&mut m.vp, &mut m.apic);
+        assert!(m.vp.startup_suspend && !m.vp.halt_suspend);
+        assert_eq!((m.vp.simp, m.vp.pending_interruption), (0, 0));
+        assert_eq!(m.apic.read(0xf0, 0), Ok(0xff));
+        assert_eq!(m.apic.read(0x350, 0), Ok(0x0001_0700));
+    }
+
+    #[test]
+    fn boot_processor_does_not_wait_after_reset() {
+        let mut m = Machine::new(0);
+        let group = write_reset(&mut m, 0xfee0_0900);
+        assert!(group.is_reset(&m.vp));
+        reset(&mut m.vp, &mut m.apic);
+        assert!(!m.vp.startup_suspend);
+    }
+
+    #[test]
+    fn other_writes_are_no_reset() {
+        let mut m = Machine::new(0);
+        let group = write_reset(&mut m, 0xfee0_0900);
+        assert!(!SetGroup::default().is_reset(&m.vp));
+        m.put(name::RIP, 0x1000);
+        assert!(!group.is_reset(&m.vp));
+        m.put(name::RIP, 0xfff0);
+        m.put(name::CR0, 0x11);
+        assert!(!group.is_reset(&m.vp));
+    }
+}

@@ -302,3 +302,344 @@ pub fn fetch_instruction(
     }
     count as u8
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::unwrap_used
+)]
+mod tests {
+    use super::*;
+    use crate::child_cpuid::Features;
+    use std::collections::BTreeMap;
+
+    const P: u64 = entry::PRESENT;
+    const W: u64 = entry::WRITE;
+    const U: u64 = entry::USER;
+    const L: u64 = entry::LARGE;
+    const NX: u64 = entry::NO_EXECUTE;
+    const READ: u64 = control::VALIDATE_READ;
+    const WRITE: u64 = control::VALIDATE_WRITE;
+    const EXECUTE: u64 = control::VALIDATE_EXECUTE;
+
+    /// Guest memory by the byte; what is not there is not mapped.
+    #[derive(Default)]
+    struct Memory(BTreeMap<u64, u8>);
+
+    impl Memory {
+        fn put(&mut self, at: u64, value: u64) {
+            for (offset, byte) in (0..).zip(value.to_le_bytes()) {
+                self.0.insert(at + offset, byte);
+            }
+        }
+
+        fn put_32(&mut self, at: u64, value: u32) {
+            for (offset, byte) in (0..).zip(value.to_le_bytes()) {
+                self.0.insert(at + offset, byte);
+            }
+        }
+
+        fn read(&self, at: u64, to: &mut [u8]) -> Option<()> {
+            assert_eq!(
+                at >> 12,
+                (at + to.len() as u64 - 1) >> 12,
+                "stays in a page"
+            );
+            for (offset, byte) in (0..).zip(to) {
+                *byte = *self.0.get(&(at + offset))?;
+            }
+            Some(())
+        }
+    }
+
+    fn walk_it(vp: &VpState, memory: &Memory, address: u64, flags: u64) -> Result<u64, Failure> {
+        translate(vp, address, flags, &mut |at, to| memory.read(at, to))
+    }
+
+    fn vp(cr0: u64, cr4: u64, efer: u64) -> VpState {
+        let mut vp = VpState::reset(true);
+        vp.cr0 = cr0;
+        vp.cr3 = 0x1000;
+        vp.cr4 = cr4;
+        vp.efer = efer;
+        vp.features = Features {
+            physical_bits: 40,
+            ..Features::NONE
+        };
+        vp.segments[segment::SS].rights = 0xc093;
+        vp
+    }
+
+    /// 4-level paging: 0x40_3000 is one page, 2 MiB and 1 GiB pages behind; rights as given.
+    fn long(rights: u64) -> (VpState, Memory) {
+        let vp = vp(0x8001_0011, 0x20, efer::LME | efer::LMA | efer::NXE);
+        let mut memory = Memory::default();
+        for (at, value) in [
+            (0x1000, 0x2000 | P | W | U),
+            (0x2000, 0x3000 | P | W | U),
+            (0x2008, 0x4000_0000 | P | W | U | L),
+            (0x3010, 0x4000 | P | W | U),
+            (0x3018, 0x60_0000 | P | W | U | L),
+            (0x4018, 0x1234_5000 | rights),
+        ] {
+            memory.put(at, value);
+        }
+        (vp, memory)
+    }
+
+    const ADDRESS: u64 = 0x40_3678;
+
+    #[test]
+    fn without_paging_addresses_are_physical() {
+        let vp = vp(0x11, 0, 0);
+        let memory = Memory::default();
+        assert_eq!(walk_it(&vp, &memory, 0x1_2345_6789, READ), Ok(0x2345_6789));
+        assert_eq!(gva_page(&vp, 0x9f, READ, |_, _| None), (0, 0x9f));
+    }
+
+    #[test]
+    fn four_levels_lead_to_pages_of_all_sizes() {
+        let (vp, memory) = long(P | W | U);
+        assert_eq!(walk_it(&vp, &memory, ADDRESS, READ), Ok(0x1234_5678));
+        assert_eq!(walk_it(&vp, &memory, 0x70_0123, READ), Ok(0x70_0123));
+        assert_eq!(walk_it(&vp, &memory, 0x5234_5678, READ), Ok(0x5234_5678));
+        assert_eq!(
+            gva_page(&vp, ADDRESS >> 12, READ, |at, to| memory.read(at, to)),
+            (0, 0x1_2345)
+        );
+    }
+
+    #[test]
+    fn fifth_level_comes_first() {
+        let (mut vp, mut memory) = long(P | W | U);
+        vp.cr4 |= cr4::LA57;
+        vp.cr3 = 0x9000;
+        memory.put(0x9008, 0x1000 | P | W | U);
+        assert_eq!(
+            walk_it(&vp, &memory, (1 << 48) | ADDRESS, READ),
+            Ok(0x1234_5678)
+        );
+        assert_eq!(
+            walk_it(&vp, &memory, 1 << 56, READ),
+            Err(Failure::PageNotPresent)
+        );
+    }
+
+    #[test]
+    fn pae_has_four_pointers_in_32_bytes() {
+        let mut vp = vp(0x8001_0011, 0x20, 0);
+        vp.cr3 = 0x1020;
+        let mut memory = Memory::default();
+        memory.put(0x1028, 0x2000 | P);
+        memory.put(0x2010, 0x3000 | P | W | U);
+        memory.put(0x3018, 0x12_3456_7000 | P);
+        assert_eq!(walk_it(&vp, &memory, 0x4040_3abc, READ), Ok(0x12_3456_7abc));
+        memory.put(0x1028, 0x2000 | P | W);
+        let failure = walk_it(&vp, &memory, 0x4040_3abc, READ);
+        assert_eq!(failure, Err(Failure::InvalidPageTableFlags));
+    }
+
+    #[test]
+    fn two_levels_of_32_bits_and_large_pages() {
+        let mut vp = vp(0x8001_0011, 0x10, 0);
+        let mut memory = Memory::default();
+        memory.put_32(0x1004, 0x2000 | 3);
+        memory.put_32(0x200c, 0x5000 | 3);
+        memory.put_32(0x1008, 0x0080_4000 | 0x83);
+        assert_eq!(walk_it(&vp, &memory, 0x40_3123, READ), Ok(0x5123));
+        // PSE-36: bits 20:13 are the upper ones.
+        assert_eq!(walk_it(&vp, &memory, 0x81_2345, READ), Ok(0x2_0081_2345));
+        vp.cr4 = 0;
+        memory.put_32(0x80_4048, 0x7000 | 3);
+        assert_eq!(walk_it(&vp, &memory, 0x81_2345, READ), Ok(0x7345));
+    }
+
+    #[test]
+    fn missing_entries_and_tables_are_told_apart() {
+        let (vp, mut memory) = long(0);
+        assert_eq!(
+            walk_it(&vp, &memory, ADDRESS, READ),
+            Err(Failure::PageNotPresent)
+        );
+        memory.put(0x3010, 0x7_0000 | P);
+        assert_eq!(
+            walk_it(&vp, &memory, ADDRESS, READ),
+            Err(Failure::GpaUnmapped)
+        );
+        let outside = walk_it(&vp, &memory, 0x8000_0000_0000, READ);
+        assert_eq!(outside, Err(Failure::PageNotPresent));
+        assert_eq!(gva_page(&vp, 1, READ, |_, _| None), (4, 0));
+    }
+
+    #[test]
+    fn reserved_bits_are_seen() {
+        for (at, value) in [
+            (0x1000, 0x2000 | P | L),
+            (0x3010, 0x4000 | P | (1 << 40)),
+            (0x4018, 0x1000 | P | (1 << 51)),
+        ] {
+            let (vp, mut memory) = long(P);
+            memory.put(at, value);
+            let result = walk_it(&vp, &memory, ADDRESS, READ);
+            assert_eq!(result, Err(Failure::InvalidPageTableFlags), "{at:#x}");
+        }
+        let (mut vp, mut memory) = long(P | NX);
+        vp.efer &= !efer::NXE;
+        assert_eq!(
+            walk_it(&vp, &memory, ADDRESS, READ),
+            Err(Failure::InvalidPageTableFlags)
+        );
+        memory.put(0x3018, 0x60_2000 | P | L);
+        assert_eq!(
+            walk_it(&vp, &memory, 0x70_0000, READ),
+            Err(Failure::InvalidPageTableFlags)
+        );
+        memory.put(0x3018, 0x60_1000 | P | L);
+        assert_eq!(walk_it(&vp, &memory, 0x70_0000, READ), Ok(0x70_0000));
+    }
+
+    /// Rights of the page, CR0.WP, CR4 bits, RFLAGS.AC, flags, allowed.
+    #[test]
+    fn rights_are_checked_as_the_processor_does() {
+        let user = control::USER_ACCESS;
+        let smep = cr4::SMEP;
+        let smap = cr4::SMAP;
+        let violation = Err(Failure::PrivilegeViolation);
+        for (rights, wp, cr4_bits, ac, flags, allowed) in [
+            (P, true, 0, false, READ, true),
+            (P, true, 0, false, WRITE, false),
+            (P, false, 0, false, WRITE, true),
+            (P | W, true, 0, false, WRITE, true),
+            (P | W, true, 0, false, READ | user, false),
+            (P | U, true, 0, false, READ | user, true),
+            (P | U, false, 0, false, WRITE | user, false),
+            (P | U | W, false, 0, false, WRITE | user, true),
+            (P | NX, true, 0, false, EXECUTE, false),
+            (P | NX, true, 0, false, READ, true),
+            (P | U, true, 0, false, EXECUTE, true),
+            (P | U, true, smep, false, EXECUTE, false),
+            (P | U, true, smep, false, EXECUTE | user, true),
+            (P | U, true, smap, false, READ, false),
+            (P | U, true, smap, true, READ, true),
+            (P | U, true, smap, true, READ | control::ENFORCE_SMAP, false),
+            (
+                P | U,
+                true,
+                smap,
+                false,
+                READ | control::OVERRIDE_SMAP,
+                true,
+            ),
+            (P | U, true, smap, false, EXECUTE, true),
+            (P | U, true, smap, false, READ | user, true),
+            (P, true, smap, false, READ, true),
+            (
+                P | NX,
+                true,
+                smep,
+                false,
+                EXECUTE | control::PRIVILEGE_EXEMPT,
+                true,
+            ),
+            (
+                P,
+                true,
+                0,
+                false,
+                WRITE | user | control::PRIVILEGE_EXEMPT,
+                true,
+            ),
+        ] {
+            let (mut vp, memory) = long(rights);
+            vp.cr0 = if wp {
+                vp.cr0 | cr0::WP
+            } else {
+                vp.cr0 & !cr0::WP
+            };
+            vp.cr4 |= cr4_bits;
+            vp.rflags = if ac { 2 | RFLAGS_AC } else { 2 };
+            let expected = if allowed { Ok(0x1234_5678) } else { violation };
+            let result = walk_it(&vp, &memory, ADDRESS, flags);
+            assert_eq!(
+                result, expected,
+                "{rights:#x} {wp} {cr4_bits:#x} {ac} {flags:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn privilege_level_decides_unless_told() {
+        let (mut vp, memory) = long(P | W);
+        vp.segments[segment::SS].rights = 0xc0f3;
+        assert_eq!(
+            walk_it(&vp, &memory, ADDRESS, READ),
+            Err(Failure::PrivilegeViolation)
+        );
+        let supervisor = READ | control::SUPERVISOR_ACCESS;
+        assert_eq!(walk_it(&vp, &memory, ADDRESS, supervisor), Ok(0x1234_5678));
+    }
+
+    #[test]
+    fn rights_of_upper_levels_count() {
+        let (vp, mut memory) = long(P | W | U);
+        memory.put(0x3010, 0x4000 | P | U);
+        assert_eq!(
+            walk_it(&vp, &memory, ADDRESS, WRITE),
+            Err(Failure::PrivilegeViolation)
+        );
+        memory.put(0x3010, 0x4000 | P | W | U | NX);
+        assert_eq!(
+            walk_it(&vp, &memory, ADDRESS, EXECUTE),
+            Err(Failure::PrivilegeViolation)
+        );
+    }
+
+    #[test]
+    fn instruction_is_fetched_in_real_mode() {
+        let mut vp = vp(0x10, 0, 0);
+        vp.rip = 0xfff0;
+        assert_eq!(linear_rip(&vp), 0xffff_fff0);
+        let mut memory = Memory::default();
+        memory.put(0xffff_fff0, 0x0706_0504_0302_0100);
+        memory.put(0xffff_fff8, 0x0f0e_0d0c_0b0a_0908);
+        let mut bytes = [0; 16];
+        assert_eq!(
+            fetch_instruction(&vp, &mut bytes, |at, to| memory.read(at, to)),
+            16
+        );
+        assert_eq!(bytes, core::array::from_fn(|index| index as u8));
+    }
+
+    #[test]
+    fn instruction_ends_where_memory_does() {
+        let (mut vp, mut memory) = long(P | U | NX);
+        vp.segments[segment::CS].rights = 0xa09b;
+        vp.rip = 0x40_3ffb;
+        for offset in 0..5 {
+            memory.0.insert(0x1234_5ffb + offset, 0x90 + offset as u8);
+        }
+        let mut bytes = [0; 16];
+        let fetch = |memory: &Memory, bytes: &mut [u8; 16]| {
+            fetch_instruction(&vp, bytes, |at, to| memory.read(at, to))
+        };
+        assert_eq!(fetch(&memory, &mut bytes), 5);
+        assert_eq!(bytes[..6], [0x90, 0x91, 0x92, 0x93, 0x94, 0]);
+        memory.put(0x4020, 0x9000 | P);
+        for offset in 0..16 {
+            memory.0.insert(0x9000 + offset, 0xa0);
+        }
+        assert_eq!(fetch(&memory, &mut bytes), 16);
+        assert_eq!(bytes[4..6], [0x94, 0xa0]);
+        memory.put(0x4018, 0);
+        assert_eq!(fetch(&memory, &mut bytes), 0);
+    }
+
+    #[test]
+    fn instruction_pointer_wraps_at_4_gib_outside_long_mode() {
+        let mut vp = vp(0x11, 0, 0);
+        vp.segments[segment::CS].base = 0xffff_fff8;
+        vp.rip = 0x10;
+        assert_eq!(linear_rip(&vp), 8);
+    }
+}

@@ -130,9 +130,10 @@ extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
     let mut processor = Vmx { area };
     processor.requeue_interrupted_event();
     root::handle_exit(&mut processor, on);
+    // A child was just made current by VMPTRLD after a VMCLEAR: it needs VMLAUNCH.
     Resume {
-        context: &raw const area.root,
-        launch: 0,
+        context: dispatch::context(area),
+        launch: (area.current != root).into(),
     }
 }
 

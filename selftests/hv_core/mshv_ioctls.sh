@@ -1,0 +1,28 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# The tests of the mshv-ioctls crate, unmodified: one after the other, then all at once.
+# Timeout: 200
+. "$(dirname "$0")/../ktap.sh"
+
+tests="$(dirname "$0")/mshv_ioctls"
+[ -x "$tests" ] || ktap_skip_all "mshv_ioctls was not built"
+list() { "$tests" --list "$@" 2>/dev/null | sed -n 's/: test$//p'; }
+names=$(list)
+
+ktap_print_header
+ktap_set_plan $(($(echo "$names" | wc -l) + 3))
+ktap_test_result "module_loads" modprobe hv_core
+for name in $names; do
+	case $name in
+	*::test_post_message_direct | *::test_signal_event_direct)
+		ktap_test_skip "$name" "the hypervisor has no such hypercall yet"
+		;;
+	*)
+		# Some are marked as ignored, only because they need the device.
+		ktap_test_result "$name" "$tests" --exact "$name" --include-ignored --test-threads=1
+		;;
+	esac
+done
+ktap_test_result "all_at_once" "$tests" --test-threads=8
+ktap_test_result "module_unloads" modprobe -r hv_core
+ktap_finished
