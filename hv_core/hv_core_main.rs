@@ -40,7 +40,7 @@ module! {
         },
         provoke: i32 {
             default: -1,
-            description: "Test: fault of the image after the launch (0 #GP, 1 #PF, 2 panic), -1 for none",
+            description: "Test: fault of the image after the launch (0 #GP, 1 #PF, 2 panic, 3 when CPUID 400000ffh is executed), -1 for none",
         },
     },
 }
@@ -98,11 +98,12 @@ extern "C" fn hv_core_status(seq: *mut kernel::bindings::seq_file) {
     }
 }
 
-/// Periodic reading of the log ring.
+/// Periodic reading of the log ring, and the look whether the image still works.
 #[no_mangle]
 extern "C" fn hv_core_drain_log() {
     if let Some(h) = hypervisor() {
         h.drain_log();
+        h.check();
     }
 }
 

@@ -70,6 +70,13 @@ u64 hv_sys_direct_map(void)
 	return PAGE_OFFSET;
 }
 
+/* arch/x86/entry/calling.h: the two tables of a process lie side by side, and their PCIDs differ in one bit. */
+u64 hv_sys_user_cr3_bits(void);
+u64 hv_sys_user_cr3_bits(void)
+{
+	return boot_cpu_has(X86_FEATURE_PTI) ? PAGE_SIZE | BIT_ULL(X86_CR3_PTI_PCID_USER_BIT) : 0;
+}
+
 u32 hv_sys_physical_bits(void);
 u32 hv_sys_physical_bits(void)
 {

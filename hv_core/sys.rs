@@ -16,6 +16,7 @@ mod ffi {
         pub(super) fn hv_sys_direct_map() -> u64;
         pub(super) fn hv_sys_physical_bits() -> u32;
         pub(super) fn hv_sys_tsc_khz() -> u32;
+        pub(super) fn hv_sys_user_cr3_bits() -> u64;
         pub(super) fn hv_sys_cpu_count() -> c_uint;
         pub(super) fn hv_sys_cpu_possible(cpu: c_uint) -> bool;
         pub(super) fn hv_sys_cpu_online(cpu: c_uint) -> bool;
@@ -108,7 +109,7 @@ extern "C" {
     /// See `launch/enter.S`.
     pub(crate) fn hv_vmx_launch() -> i64;
     /// See `launch/enter.S`.
-    pub(crate) fn hv_svm_enter(vmcb: *mut c_void, start: u64, cr3: u64, area: u64);
+    pub(crate) fn hv_svm_enter(vmcb: *mut c_void, start: u64, cr3: u64, area: u64, frame: *mut c_void);
     /// See `launch/enter.S`.
     pub(crate) fn hv_leave();
 }
@@ -179,6 +180,12 @@ pub(crate) fn virt_to_phys(address: *const c_void) -> u64 {
 pub(crate) fn direct_map() -> u64 {
     // SAFETY: no precondition.
     unsafe { ffi::hv_sys_direct_map() }
+}
+
+/// Bits of CR3 that are set in user programs and clear in the kernel; 0 without page-table isolation.
+pub(crate) fn user_cr3_bits() -> u64 {
+    // SAFETY: no precondition.
+    unsafe { ffi::hv_sys_user_cr3_bits() }
 }
 
 /// Physical address bits that Linux uses.

@@ -340,9 +340,10 @@ fn enter_svm(image: &Loaded, block: &CpuBlock, state: &CpuState, fail: u32) -> R
     }
     let area = cpu_page(block.cpu() as usize, cpu_block::AREA);
     let vmcb: *mut c_void = control.cast();
+    let frame = block.prepare_leave(state);
     // SAFETY: the VMCB is complete, the trampoline and the image are mapped by the image's tables, and
     // interrupts are off. Returns from the guest, or natively if the entry was refused.
-    unsafe { sys::hv_svm_enter(vmcb, image.header().svm_start, image.host_cr3(), area) };
+    unsafe { sys::hv_svm_enter(vmcb, image.header().svm_start, image.host_cr3(), area, frame.cast()) };
     Ok(())
 }
 

@@ -50,9 +50,9 @@ SYM_FUNC_START(hv_vmx_launch)
 SYM_FUNC_END(hv_vmx_launch)
 
 /*
- * void hv_svm_enter(vmcb, svm_start, cr3, area)
- * Interrupts are off. Stores RSP, RIP, RFLAGS and RAX in the VMCB, clears GIF, changes to the image's tables and
- * jumps to the image. Returns from the guest.
+ * void hv_svm_enter(vmcb, svm_start, cr3, area, frame)
+ * Interrupts are off. Stores RSP, RIP, RFLAGS and RAX in the VMCB and the first three in the LeaveFrame, clears GIF,
+ * changes to the image's tables and jumps to the image. Returns from the guest, or by hv_leave from the frame.
  */
 SYM_CODE_START(hv_svm_enter)
 	UNWIND_HINT_FUNC
@@ -66,8 +66,12 @@ SYM_CODE_START(hv_svm_enter)
 	mov	%rsp, 0x5d8(%rdi)
 	lea	1f(%rip), %rax
 	mov	%rax, 0x578(%rdi)
+	mov	%rsp, 0x90(%r8)
+	mov	%rax, 0x78(%r8)
 	pushfq
-	pop	0x570(%rdi)
+	pop	%rax
+	mov	%rax, 0x570(%rdi)
+	mov	%rax, 0x88(%r8)
 	movq	$0, 0x5f8(%rdi)
 	mov	%rcx, %rdi
 	clgi

@@ -6,7 +6,9 @@ use core::mem::offset_of;
 
 use kernel::prelude::*;
 
-use crate::abi::boot::{BootInfo, CpuArea, ImageHeader, TableRegister, Vendor, VmxCapabilityMsrs, VpContext, IMAGE_MAGIC};
+use crate::abi::boot::{
+    BootInfo, CpuArea, ImageHeader, LeaveFrame, TableRegister, Vendor, VmxCapabilityMsrs, VpContext, IMAGE_MAGIC,
+};
 use crate::abi::layout::{
     cpu_block, cpu_page, selector, stats_page, APIC_PAGE, CPU_WINDOWS, DIRECT_BASE, IMAGE_BASE, PAGE_SIZE,
     SHARED_BASE, WINDOW_COUNT,
@@ -19,6 +21,7 @@ use crate::sys::{self, Pages};
 use crate::x86::mtrr::{MemoryType, MtrrState};
 use crate::x86::paging::{Attributes, Ept, Format, Host, Layout, Npt, PageSize, PageTable, TableMemory};
 use crate::x86::regs::{msr, APIC_DEFAULT_BASE};
+use crate::x86::state::CpuState;
 use crate::x86::root::{fill_root_msrpm, VmxControls};
 use crate::x86::vmcb::msrpm;
 
@@ -74,6 +77,36 @@ impl CpuBlock {
             let top = self.page(cpu_block::STACK + cpu_block::STACK_PAGES).sub(16);
             top.cast::<u64>().write(self.template.self_address);
         }
+    }
+
+    /// What the image restores if the processor refuses the first entry and spoils the VMCB (AMD-V). The entry
+    /// code adds RIP, RFLAGS and RSP.
+    pub(crate) fn prepare_leave(&self, state: &CpuState) -> *mut LeaveFrame {
+        // SAFETY: the CPU is native and on its way in.
+        let frame = unsafe { &raw mut (*self.area()).leave };
+        // SAFETY: all-zero is a valid `LeaveFrame`: integers only.
+        let empty: LeaveFrame = unsafe { core::mem::zeroed() };
+        let value = LeaveFrame {
+            iret: [0, state.cs.selector.into(), 0, 0, state.ss.selector.into()],
+            cr0: state.cr0,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            efer: state.efer,
+            dr7: state.dr7,
+            fs_base: state.fs_base,
+            gs_base: state.gs_base,
+            pat: state.pat,
+            selectors: [
+                state.ds.selector, state.es.selector, state.fs.selector, state.gs.selector, 0, 0, 0, 0,
+            ],
+            gdtr: TableRegister::new(state.gdtr.base, state.gdtr.limit),
+            idtr: TableRegister::new(state.idtr.base, state.idtr.limit),
+            launching: 1,
+            ..empty
+        };
+        // SAFETY: as above.
+        unsafe { frame.write(value) };
+        frame
     }
 
     /// Notes the root's processor controls for the image.
@@ -267,6 +300,7 @@ impl Loaded {
                 },
                 root_xcr0: crate::launch::cpu::read_xcr0(),
                 xsaves: facts.instructions().xsaves.into(),
+                user_cr3_bits: sys::user_cr3_bits(),
             },
             image,
             pool,

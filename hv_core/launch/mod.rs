@@ -13,7 +13,6 @@ use kernel::seq_print;
 
 use crate::abi::boot::Vendor;
 use crate::abi::hypercall::private;
-use crate::abi::status::HvStatus;
 use crate::abi::stats::{EXIT_KINDS, EXIT_NAMES};
 use crate::sys::{self, CpusLocked, IrqsOff};
 use load::Loaded;
@@ -125,13 +124,21 @@ impl Hypervisor {
     pub(crate) fn provoke(&self, how: u64) {
         let locked = CpusLocked::new();
         let vendor = self.image.vendor();
-        let status = sys::call_on_cpu(&locked, 0, || cpu::hypercall(vendor, private::FAULT, how).0);
-        if status == Ok(HvStatus::HYPERVISOR_FAULT) {
-            self.faulted.store(true, Ordering::Release);
-            self.leave_all(&locked);
-            self.drain_log();
-            pr_err!("the hypervisor stopped because of an internal fault; all CPUs are native again\n");
+        // The CPU exists: the call cannot fail. What came of it is seen below.
+        let _ = sys::call_on_cpu(&locked, 0, || cpu::hypercall(vendor, private::FAULT, how));
+        drop(locked);
+        self.check();
+    }
+
+    /// Looks whether the image gave a CPU back, and then takes back the others: half a hypervisor is none.
+    pub(crate) fn check(&self) {
+        let faults = |cpu| self.image.stats(cpu).map_or(0, |s| s.faults.load(Ordering::Acquire));
+        if (0..sys::cpu_count()).all(|cpu| faults(cpu) == 0) || self.faulted.swap(true, Ordering::AcqRel) {
+            return;
         }
+        self.leave_all(&CpusLocked::new());
+        self.drain_log();
+        pr_err!("the hypervisor stopped because of an internal fault; all CPUs are native again\n");
     }
 
     /// Prints what the image wrote to its log.
@@ -193,8 +200,10 @@ impl Hypervisor {
             }
             seq_print!(
                 seq,
-                "}},\"sealed_accesses\":{}}}",
-                stats.sealed_accesses.load(Ordering::Relaxed)
+                "}},\"sealed_accesses\":{},\"host_nmis\":{},\"faults\":{}}}",
+                stats.sealed_accesses.load(Ordering::Relaxed),
+                stats.host_nmis.load(Ordering::Relaxed),
+                stats.faults.load(Ordering::Relaxed)
             );
         }
         seq_print!(seq, "],\"partitions\":[");

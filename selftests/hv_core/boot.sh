@@ -8,6 +8,6 @@ here=$(dirname "$0")
 ktap_print_header
 ktap_set_plan 3
 ktap_test_result "module_loads" modprobe hv_core
-ktap_test_result "child_boots" sh -c "timeout -s INT 100 vmwp --kernel /child/vmlinuz --initrd /child/initrd --memory 256M --cmdline 'console=ttyS0 earlyprintk=serial panic=-1 ignore_loglevel' --console stdio </dev/null; r=\$?; cat /sys/kernel/debug/hv_core/status > /dev/null; dmesg | tail -40; exit \$r"
+ktap_test_result "child_boots" sh -c "timeout -s INT 100 vmwp --kernel /child/vmlinuz --initrd /child/initrd --memory 256M --cmdline 'console=ttyS0 quiet panic=-1' --console stdio </dev/null; r=\$?; cat /sys/kernel/debug/hv_core/status > /dev/null; dmesg | tail -40; exit \$r"
 ktap_test_result "module_unloads" modprobe -r hv_core
 ktap_finished

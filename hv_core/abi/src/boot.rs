@@ -107,6 +107,8 @@ pub struct BootInfo {
     pub root_xcr0: u64,
     /// 1 if XSAVES and XRSTORS exist.
     pub xsaves: u64,
+    /// Bits of CR3 that tell the page table of a user program from the kernel's (page-table isolation), or 0.
+    pub user_cr3_bits: u64,
 }
 
 /// Registers of a virtual processor that hardware does not switch, in the order of their numbers.
@@ -187,8 +189,8 @@ pub struct LeaveFrame {
     pub copy_gdtr: TableRegister,
     /// 0x140: 1 on VT-x: load TR from the copy, and LDTR; 0 on AMD-V: set GIF.
     pub vmx: u64,
-    /// 0x148: reserved.
-    pub reserved: u64,
+    /// 0x148: 1 if the loader filled the frame and the CPU has not proved itself yet (AMD-V).
+    pub launching: u64,
     /// 0x150: a GDT with room for Linux' TSS descriptor, busy bit clear.
     pub copy_gdt: [u64; 16],
 }
@@ -238,8 +240,8 @@ pub struct CpuArea {
     pub x2apic: u32,
     /// 0x2c: see [`cpu_state`]; cleared by the image when it leaves.
     pub state: u32,
-    /// 0x30: number of NMIs that arrived while the image ran.
-    pub nmis: u64,
+    /// 0x30: reserved.
+    pub reserved: u64,
     /// 0x38: GDTR operand for `svm_start`.
     pub gdtr: TableRegister,
     /// 0x48: IDTR operand for `svm_start`.
@@ -263,7 +265,7 @@ const _: () = {
     assert!(offset_of!(CpuArea, current) == 8);
     assert!(offset_of!(CpuArea, stack) == 0x10);
     assert!(offset_of!(CpuArea, x2apic) == 0x28);
-    assert!(offset_of!(CpuArea, nmis) == 0x30);
+    assert!(offset_of!(CpuArea, reserved) == 0x30);
     assert!(offset_of!(CpuArea, gdtr) == 0x38);
     assert!(offset_of!(CpuArea, idtr) == 0x48);
     assert!(offset_of!(CpuArea, root) == 0x58);

@@ -169,4 +169,6 @@ pub mod fault {
     pub const PAGE_FAULT: u64 = 1;
     /// A Rust panic.
     pub const PANIC: u64 = 2;
+    /// CPUID leaf that provokes the fault of its subleaf where the call is allowed, so that a user program can.
+    pub const LEAF: u32 = 0x4000_00ff;
 }

@@ -87,6 +87,8 @@ pub struct StatsPage {
     pub host_nmis: AtomicU64,
     /// Accesses to sealed pages that were refused.
     pub sealed_accesses: AtomicU64,
+    /// Faults of the image on this CPU, which it gave back.
+    pub faults: AtomicU64,
 }
 
 const _: () = assert!(core::mem::size_of::<StatsPage>() == 4096);

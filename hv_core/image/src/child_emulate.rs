@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Where a child's instructions, and the root's calls about its registers, meet the pure models.
 
-use hv_abi::boot::BootInfo;
+use hv_abi::boot::{BootInfo, Vendor};
 use hv_abi::hypercall::{result, Control};
 use hv_abi::partition::{creation, CreatePartition, RegisterInterceptResult};
 use hv_abi::status::HvStatus;
 use hv_x86::regs::cr4;
+use hv_x86::vmcs::{allows, secondary};
 
 use crate::apic::{
     ApicConfig, InterruptControllerState, LocalApic, TimerClock, WriteEffect, STATE_SIZE,
@@ -17,6 +18,7 @@ use crate::arch::object::{
 use crate::arch::switch::{rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
 use crate::child::{exception, Run};
+use crate::header::boot;
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local};
 use crate::partition::{new_core, Partition};
@@ -44,8 +46,35 @@ fn component(bit: u32) -> Component {
     }
 }
 
+/// CPUID of the machine, without what the back ends do not switch or enable for children: the speculation-control
+/// MSR, and on VT-x XSAVES and whatever the controls do not allow.
 fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
-    cpu::cpuid(leaf, subleaf)
+    let [a, mut b, mut c, mut d] = cpu::cpuid(leaf, subleaf);
+    let mut a = a;
+    let info = boot();
+    let vmx = info.vendor == Vendor::Vmx;
+    let without = |control: u32| vmx && !allows(control, info.vmx.secondary);
+    match (leaf, subleaf) {
+        (7, 0) => {
+            // IBRS and IBPB, STIBP, SSBD.
+            d &= !(1 << 26 | 1 << 27 | 1 << 31);
+            if without(secondary::INVPCID) {
+                b &= !(1 << 10);
+            }
+        }
+        (7, 2) => d = 0,
+        // XSAVES needs IA32_XSS, which stays the root's.
+        (0xd, 1) => {
+            a &= !(1 << 3);
+            c = 0;
+            d = 0;
+        }
+        (0x8000_0001, _) if without(secondary::RDTSCP) => d &= !(1 << 27),
+        // IBRS, STIBP, SSBD, predictive store forwarding.
+        (0x8000_0008, _) => b &= !(1 << 14 | 1 << 15 | 1 << 24 | 1 << 28),
+        _ => {}
+    }
+    [a, b, c, d]
 }
 
 fn facts(info: &BootInfo) -> HostFacts {

@@ -3,8 +3,8 @@
 //!
 //! The registers go to the log ring. Then the CPU returns to native operation at the root's current
 //! instruction, which Linux executes as if we had never been there. What cannot be survived: a fault
-//! while this very path runs, a fault whose stack is gone on AMD-V (no interrupt stack there), and a
-//! fault on an exit that a user program caused (Linux' user page tables do not map the way back).
+//! while this very path runs, and a fault whose stack is gone on AMD-V (no interrupt stack there). The root
+//! sees the count of faults in the statistics page and takes the other CPUs back, too.
 
 use core::arch::global_asm;
 use core::panic::PanicInfo;
@@ -114,25 +114,18 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 
 fn give_back(area: &mut CpuArea) -> ! {
     let vendor = boot().vendor;
-    match vendor {
-        Vendor::Vmx => vmx::abandon_child(area),
-        Vendor::Svm => svm::abandon_child(area),
-    }
-    let cpl = match vendor {
-        Vendor::Vmx => vmx::root_cpl(),
-        Vendor::Svm => svm::root_cpl(area),
-    };
-    if area.state == cpu_state::FAULTED || cpl != 0 {
-        log!(
-            "cpu {}: cannot return to Linux (root at CPL {cpl}), stopping this CPU",
-            area.cpu
-        );
+    if area.state == cpu_state::FAULTED {
+        log!("cpu {}: fault while returning to Linux, stopping this CPU", area.cpu);
         loop {
             // SAFETY: stops this CPU for good; there is no state to go on with.
             unsafe { core::arch::asm!("cli", "hlt", options(nomem, nostack)) };
         }
     }
     area.state = cpu_state::FAULTED;
+    match vendor {
+        Vendor::Vmx => vmx::abandon_child(area),
+        Vendor::Svm => svm::abandon_child(area),
+    }
     log!("cpu {}: returning to native operation", area.cpu);
     match vendor {
         Vendor::Vmx => vmx::leave_after_fault(area),

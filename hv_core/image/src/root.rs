@@ -4,7 +4,7 @@
 //! Linux keeps its interrupts, MSRs, ports and time-stamp counter; what is left are the exits that
 //! hardware forces, the few registers whose true value would betray the launch, and hypercalls.
 
-use hv_abi::hypercall::{code, private, result, Control};
+use hv_abi::hypercall::{code, fault, private, result, Control};
 use hv_abi::stats::StatsPage;
 use hv_abi::status::HvStatus;
 use hv_x86::regs::{cpuid, cr4};
@@ -30,7 +30,7 @@ pub fn handle_exit(p: &mut impl Processor, on: RootCpu<'_>) {
     count(on.stats, exit);
     match exit {
         Exit::Hypercall => hypercall(p, on),
-        Exit::Cpuid => emulate_cpuid(p),
+        Exit::Cpuid => emulate_cpuid(p, on),
         Exit::MsrRead => read_msr(p),
         Exit::MsrWrite => write_msr(p),
         Exit::Xsetbv => xsetbv(p),
@@ -77,10 +77,16 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         return p.raise(Exception::InvalidOpcode);
     }
     let control = Control(p.context().gprs[gpr::RCX]);
+    if control.code() == private::FAULT && on.allow_fault {
+        // Before the skip: the fault gives the CPU back where the instruction is undefined, as after any fault.
+        let how = p.context().gprs[gpr::RDX];
+        p.fault(how);
+    }
     p.skip();
     let status = match control.code() {
         private::PROVE => {
             p.context().gprs[gpr::RDX] = on.cpu.into();
+            p.proved();
             HvStatus::SUCCESS
         }
         private::LEAVE => {
@@ -91,11 +97,7 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
             p.flush_second_level();
             HvStatus::SUCCESS
         }
-        private::FAULT if on.allow_fault => {
-            let how = p.context().gprs[gpr::RDX];
-            p.fault(how);
-            HvStatus::INVALID_PARAMETER
-        }
+        private::FAULT if on.allow_fault => HvStatus::INVALID_PARAMETER,
         code::DISPATCH_VP if control.is_fast() => {
             let gprs = &p.context().gprs;
             let (partition, index) = (gprs[gpr::RDX], gprs[gpr::R8] as u32);
@@ -124,10 +126,14 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
 
 /// CPUID: the processor's answer, without the virtualization extension, with the bits that mirror CR4
 /// taken from the root's CR4 (the image has its own), and with the TLFS leaves.
-fn emulate_cpuid(p: &mut impl Processor) {
+fn emulate_cpuid(p: &mut impl Processor, on: RootCpu<'_>) {
     let gprs = &p.context().gprs;
     let (leaf, subleaf) = (gprs[gpr::RAX] as u32, gprs[gpr::RCX] as u32);
     let answer = match leaf {
+        fault::LEAF if on.allow_fault => {
+            p.fault(subleaf.into());
+            [0; 4]
+        }
         0x4000_0000..=0x4000_00ff => hypervisor_leaf(leaf),
         _ => {
             let [a, b, mut c, d] = p.cpuid(leaf, subleaf);
@@ -261,19 +267,18 @@ fn sealed_access(p: &mut impl Processor, on: RootCpu<'_>, gpa: u64, write: bool,
     p.raise(Exception::GeneralProtection);
 }
 
-/// An exit that should not exist. At CPL 0 the CPU goes back to native operation, where the same
-/// instruction does what it does there; a user program gets #GP, because Linux' user page tables do not
-/// map the way back.
+/// An exit that should not exist. The CPU goes back to native operation, where the same instruction does what
+/// it does there.
 fn give_back(p: &mut impl Processor, on: RootCpu<'_>) {
     let (rip, cpl) = (p.rip(), p.cpl());
     log!(
         "cpu {}: unexpected exit of the root, RIP {rip:#x} CPL {cpl}",
         on.cpu
     );
-    if cpl == 0 {
-        p.leave();
-    }
-    p.raise(Exception::GeneralProtection);
+    on.stats
+        .faults
+        .fetch_add(1, core::sync::atomic::Ordering::Release);
+    p.leave();
 }
 
 #[cfg(test)]
@@ -527,19 +532,10 @@ mod tests {
     }
 
     #[test]
-    fn unexpected_exit_leaves_at_cpl0_and_faults_a_user_program() {
+    fn unexpected_exit_leaves() {
         let mut m = Mock::default();
         run(&mut m, Exit::Unknown);
-        assert!(m.left);
-        let mut m = Mock {
-            cpl: 3,
-            ..Default::default()
-        };
-        run(&mut m, Exit::Unknown);
-        assert_eq!(
-            (m.left, m.raised),
-            (false, Some(Exception::GeneralProtection))
-        );
+        assert_eq!((m.left, m.raised), (true, None));
     }
 
     #[test]

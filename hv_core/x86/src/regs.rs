@@ -119,6 +119,10 @@ pub mod msr {
     pub const VMX_TRUE_ENTRY_CTLS: u32 = 0x490;
     /// IA32_S_CET.
     pub const S_CET: u32 = 0x6a2;
+    /// IA32_U_CET; bit 0: shadow stack on.
+    pub const U_CET: u32 = 0x6a0;
+    /// IA32_PL3_SSP.
+    pub const PL3_SSP: u32 = 0x6a7;
     /// IA32_INTERRUPT_SSP_TABLE_ADDR.
     pub const SSP_TABLE: u32 = 0x6a8;
     /// x2APIC interrupt command register.

@@ -2,6 +2,7 @@
 //! Instructions that both back ends execute.
 
 use core::arch::asm;
+use core::sync::atomic::Ordering;
 
 use hv_abi::boot::{CpuArea, LeaveFrame, TableRegister};
 use hv_abi::layout::{cpu_block, stats_page, PAGE_SIZE};
@@ -108,12 +109,24 @@ pub fn root_cpu(area: &CpuArea) -> RootCpu<'static> {
     }
 }
 
+/// CR3 with which a CPU can leave: the root's, or if that is the page table of a user program which does not map
+/// the kernel (page-table isolation), the kernel's table of the same program. There user pages are not executable:
+/// the program takes a page fault at once, which Linux finds spurious and returns from with the right table.
+pub fn leave_cr3(cr3: u64, cpl: u8) -> u64 {
+    if cpl == 0 {
+        cr3
+    } else {
+        cr3 & !boot().user_cr3_bits
+    }
+}
+
 /// Ends a leave: native state comes from `area.leave`, general registers from the root's context, and
 /// the module's trampoline does the rest on Linux' page tables.
 ///
 /// # Safety
 /// The frame must hold the root's native state, the back end must have switched the extension off as far
-/// as it can (VT-x: VMXOFF done; AMD-V: GIF clear), and the root must be at CPL 0.
+/// as it can (VT-x: VMXOFF done; AMD-V: GIF clear), and CR3 in the frame must map the kernel (see
+/// [`leave_cr3`]).
 pub unsafe fn finish_leave(area: &mut CpuArea) -> ! {
     const ORDER: [usize; 15] = [
         15,
@@ -142,7 +155,9 @@ pub unsafe fn finish_leave(area: &mut CpuArea) -> ! {
         + info.linux_direct_map;
     let copy = frame + core::mem::offset_of!(LeaveFrame, copy_gdt) as u64;
     area.leave.copy_gdtr = TableRegister::new(copy, size_of::<[u64; 16]>() as u16 - 1);
-    if area.state != hv_abi::boot::cpu_state::FAULTED {
+    if area.state == hv_abi::boot::cpu_state::FAULTED {
+        stats(area).faults.fetch_add(1, Ordering::Release);
+    } else {
         area.state = hv_abi::boot::cpu_state::NATIVE;
     }
     // SAFETY: the trampoline is mapped here and in Linux at the same address; the registers are its

@@ -156,6 +156,8 @@ pub trait Processor {
         let [eax, _, _, edx] = self.cpuid(0xd, 0);
         u64::from(eax) | (u64::from(edx) << 32)
     }
+    /// The CPU has proved that it runs beneath the image: the launch is over.
+    fn proved(&mut self) {}
     /// Writes back and invalidates the caches.
     fn wbinvd(&mut self);
     /// Resets the machine.

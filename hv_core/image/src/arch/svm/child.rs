@@ -6,6 +6,7 @@ use hv_x86::regs::{efer, rflags};
 use hv_x86::state::{Segment, UNUSABLE};
 use hv_x86::vmcb::{exit, intercept, Vmcb, VmcbSegment};
 
+use super::{vmload, vmsave};
 use crate::arch::{ChildExit, ChildHardware, IoAccess};
 use crate::vp::VpCore;
 use crate::vp_state::{segment, RSP};
@@ -33,6 +34,8 @@ pub struct SvmChild<'a> {
     pub vmcb: &'a mut Vmcb,
     /// Facts of the machine.
     pub info: &'a BootInfo,
+    /// The child has just exited: FS, GS, LDTR, TR and the system-call MSRs are in the processor, not in the block.
+    pub live: bool,
 }
 
 fn to_vmcb(s: Segment) -> VmcbSegment {
@@ -133,9 +136,15 @@ impl ChildHardware for SvmChild<'_> {
         v.tsc_offset = s.tsc_offset;
         v.interrupt_shadow = s.interrupt_shadow.into();
         v.clean = 0;
+        if self.live {
+            vmload(core.control);
+        }
     }
 
     fn store(&mut self, core: &mut VpCore) {
+        if self.live {
+            vmsave(core.control);
+        }
         let v = &*self.vmcb;
         let s = &mut core.state;
         s.context.gprs[0] = v.rax;

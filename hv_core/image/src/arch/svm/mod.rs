@@ -53,13 +53,16 @@ fn vmcb_at(address: u64) -> &'static mut Vmcb {
     unsafe { &mut *(address as *mut Vmcb) }
 }
 
-/// Stores FS, GS, TR, LDTR and the system-call MSRs in the VMCB at `save` and loads those of `load`.
-fn exchange(save: u64, load: u64) {
-    // SAFETY: both are VMCBs of this CPU's; EFER.SVME is set.
-    unsafe {
-        asm!("vmsave rax", in("rax") save, options(nostack));
-        asm!("vmload rax", in("rax") load, options(nostack));
-    }
+/// Stores FS, GS, TR, LDTR, KernelGSBase and the system-call MSRs in the VMCB at `spa` (APM 15.5.2).
+fn vmsave(spa: u64) {
+    // SAFETY: the VMCB of this CPU's root or of the VP that it owns; EFER.SVME is set.
+    unsafe { asm!("vmsave rax", in("rax") spa, options(nostack)) };
+}
+
+/// Loads them.
+fn vmload(spa: u64) {
+    // SAFETY: as for `vmsave`; the image uses none of these registers.
+    unsafe { asm!("vmload rax", in("rax") spa, options(nostack)) };
 }
 
 impl WorldSwitch for Switch {
@@ -76,6 +79,7 @@ impl WorldSwitch for Switch {
         let mut hardware = child::SvmChild {
             vmcb: vmcb_at(address),
             info,
+            live: false,
         };
         if !core.prepared {
             hardware.prepare(slat);
@@ -91,17 +95,20 @@ impl WorldSwitch for Switch {
         child::SvmChild {
             vmcb: vmcb_at(core.state.context.control),
             info,
+            live: true,
         }
     }
 
     fn close(_: &mut CpuArea, _: &VpCore) {}
 
     fn to_child(area: &mut CpuArea, core: &mut VpCore) {
-        exchange(area.root.control_spa, core.control);
+        vmsave(area.root.control_spa);
+        vmload(core.control);
     }
 
     fn to_root(area: &mut CpuArea, core: &mut VpCore) {
-        exchange(core.control, area.root.control_spa);
+        vmsave(core.control);
+        vmload(area.root.control_spa);
     }
 }
 
@@ -111,6 +118,7 @@ fn pull(_: u64, core: &mut VpCore) {
         child::SvmChild {
             vmcb: vmcb_at(core.state.context.control),
             info: boot(),
+            live: false,
         }
         .store(core);
         core.in_hardware = false;
@@ -142,14 +150,13 @@ pub fn abandon_child(area: &mut CpuArea) {
     dispatch::abandon::<Switch>(area);
 }
 
-/// Gives a CPU back after a fault of the image.
+/// Gives a CPU back after a fault of the image. A hypercall that it was about ends with HYPERVISOR_FAULT.
 pub fn leave_after_fault(area: &mut CpuArea) -> ! {
-    Svm::root(area).leave()
-}
-
-/// Privilege level of the root at the last exit.
-pub fn root_cpl(area: &mut CpuArea) -> u8 {
-    Svm::root(area).cpl()
+    let mut processor = Svm::root(area);
+    if processor.vmcb.exit_code == exit::VMMCALL {
+        processor.area.root.gprs[gpr::RAX] = HvStatus::HYPERVISOR_FAULT.0.into();
+    }
+    processor.leave()
 }
 
 impl Svm<'_> {
@@ -294,6 +301,10 @@ impl Processor for Svm<'_> {
         cpu::xsetbv(value);
     }
 
+    fn proved(&mut self) {
+        self.area.leave.launching = 0;
+    }
+
     fn wbinvd(&mut self) {
         cpu::wbinvd();
     }
@@ -326,6 +337,15 @@ impl Processor for Svm<'_> {
     fn leave(&mut self) -> ! {
         let v = &*self.vmcb;
         let area = &mut *self.area;
+        if v.exit_code == exit::INVALID && area.leave.launching != 0 {
+            // The APM leaves open what a refused VMRUN stores in the VMCB: QEMU mixes the registers of host
+            // and guest. For the first entry of a CPU the loader filled the frame.
+            // SAFETY: as below, with the state of the launch; IF is cleared for good before GIF is set.
+            unsafe {
+                asm!("cli", options(nomem, nostack));
+                cpu::finish_leave(area)
+            }
+        }
         let frame = &mut area.leave;
         frame.iret = [
             v.rip,
@@ -335,7 +355,7 @@ impl Processor for Svm<'_> {
             v.ss.selector.into(),
         ];
         frame.cr0 = v.cr0;
-        frame.cr3 = v.cr3;
+        frame.cr3 = cpu::leave_cr3(v.cr3, v.cpl);
         frame.cr4 = v.cr4;
         frame.efer = v.efer & !efer::SVME;
         frame.pat = v.pat;
@@ -365,8 +385,7 @@ impl Processor for Svm<'_> {
         frame.gdtr = TableRegister::new(v.gdtr.base, v.gdtr.limit as u16);
         frame.idtr = TableRegister::new(v.idtr.base, v.idtr.limit as u16);
         frame.vmx = 0;
-        // SAFETY: the frame is the root's state, GIF is clear; `give_back` and hypercalls come here at
-        // CPL 0 only.
+        // SAFETY: the frame is the root's state, GIF is clear.
         unsafe { cpu::finish_leave(area) }
     }
 }

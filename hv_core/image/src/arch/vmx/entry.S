@@ -70,7 +70,10 @@ vmx_nmi:
 	push rdx
 	mov rcx, rsp
 	and rcx, -0x200000
-	inc qword ptr [rcx + 0x30]
+	mov edx, [rcx + 0x20]
+	shl rdx, 12
+	movabs rax, {nmis}
+	inc qword ptr [rax + rdx]
 	mov edx, [rcx + 0x24]
 	cmp dword ptr [rcx + 0x28], 0
 	je 1f

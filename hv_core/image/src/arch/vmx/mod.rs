@@ -5,7 +5,8 @@ use core::arch::{asm, global_asm};
 
 use hv_abi::boot::{BootInfo, CpuArea, TableRegister, VpContext};
 use hv_abi::hypercall::{Control, DispatchEvent};
-use hv_abi::layout::APIC_PAGE;
+use hv_abi::layout::{stats_page, APIC_PAGE};
+use hv_abi::stats::StatsPage;
 use hv_abi::status::HvStatus;
 use hv_x86::regs::{cr0, cr4, efer, msr, rflags};
 use hv_x86::state::Segment;
@@ -18,7 +19,8 @@ use crate::hypercall::Call;
 use crate::vp::VpCore;
 use crate::{log, root};
 
-global_asm!(include_str!("entry.S"), apic_page = const APIC_PAGE);
+global_asm!(include_str!("entry.S"), apic_page = const APIC_PAGE,
+    nmis = const stats_page(0) + core::mem::offset_of!(StatsPage, host_nmis) as u64);
 
 /// Event to inject at the next entry: valid, hardware exception, with error code (SDM 26.8.3).
 const INJECT_UD: u64 = 1 << 31 | 3 << 8 | 6;
@@ -163,13 +165,16 @@ pub fn abandon_child(area: &mut CpuArea) {
     dispatch::abandon::<Switch>(area);
 }
 
-/// Gives a CPU back after a fault of the image.
+/// Gives a CPU back after a fault of the image. A hypercall that it was about ends with HYPERVISOR_FAULT.
 pub fn leave_after_fault(area: &mut CpuArea) -> ! {
+    if read(field::EXIT_REASON) as u32 == reason::VMCALL {
+        area.root.gprs[super::gpr::RAX] = HvStatus::HYPERVISOR_FAULT.0.into();
+    }
     Vmx { area }.leave()
 }
 
 /// Privilege level of the root at the last exit.
-pub fn root_cpl() -> u8 {
+fn root_cpl() -> u8 {
     (read(field::GUEST_SS_RIGHTS) >> 5 & 3) as u8
 }
 
@@ -484,7 +489,8 @@ impl Processor for Vmx<'_> {
             read(field::GUEST_SS_SELECTOR),
         ];
         frame.cr0 = read(field::GUEST_CR0);
-        frame.cr3 = read(field::GUEST_CR3);
+        let cpl = root_cpl();
+        frame.cr3 = cpu::leave_cr3(read(field::GUEST_CR3), cpl);
         frame.cr4 = read(field::GUEST_CR4) & !cr4::VMXE;
         frame.efer = read(field::GUEST_EFER);
         frame.pat = read(field::GUEST_PAT);
@@ -496,6 +502,11 @@ impl Processor for Vmx<'_> {
         if has_cet != 0 {
             frame.s_cet = read(field::GUEST_S_CET);
             frame.ssp_table = read(field::GUEST_SSP_TABLE);
+            if cpl != 0 && cpu::rdmsr(msr::U_CET) & 1 != 0 {
+                // The IRETQ to a user program takes its shadow stack from there.
+                // SAFETY: exists with CET; the value is the program's own.
+                unsafe { cpu::wrmsr(msr::PL3_SSP, read(field::GUEST_SSP)) };
+            }
         }
         for (slot, selector) in frame.selectors.iter_mut().zip([
             field::GUEST_DS_SELECTOR,
