@@ -25,6 +25,7 @@ all: modules ## Builds everything
 modules: setup ## Builds hv_core.ko into build/modules
 	@mkdir -p build/modules
 	@$(KBUILD) MO=$(CURDIR)/build/modules modules'
+	@$(IN) selftests/build
 
 install: ## Installs the modules for their kernel, and the rule that lets group mshv use /dev/mshv (INSTALL_MOD_PATH, DESTDIR)
 	@tools/build/install

@@ -56,7 +56,10 @@ fn hypervisor() -> Option<&'static Hypervisor> {
 /// A CPU came up: it goes beneath the image, or the CPU does not come up.
 #[no_mangle]
 extern "C" fn hv_core_cpu_online(_cpu: u32) -> i32 {
-    match hypervisor().filter(|h| !h.is_faulted()).map(|h| h.enter_this_cpu(0)) {
+    match hypervisor()
+        .filter(|h| !h.is_faulted())
+        .map(|h| h.enter_this_cpu(0))
+    {
         Some(Err(error)) => error.to_errno(),
         _ => 0,
     }

@@ -109,7 +109,13 @@ extern "C" {
     /// See `launch/enter.S`.
     pub(crate) fn hv_vmx_launch() -> i64;
     /// See `launch/enter.S`.
-    pub(crate) fn hv_svm_enter(vmcb: *mut c_void, start: u64, cr3: u64, area: u64, frame: *mut c_void);
+    pub(crate) fn hv_svm_enter(
+        vmcb: *mut c_void,
+        start: u64,
+        cr3: u64,
+        area: u64,
+        frame: *mut c_void,
+    );
     /// See `launch/enter.S`.
     pub(crate) fn hv_leave();
 }

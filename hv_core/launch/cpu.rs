@@ -85,7 +85,9 @@ read_register! {
 pub(crate) fn read_xcr0() -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: every processor with the extension has XSAVE, and Linux sets CR4.OSXSAVE.
-    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack)) };
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack))
+    };
     u64::from(high) << 32 | u64::from(low)
 }
 
@@ -117,7 +119,16 @@ fn tables() -> (Table, Table) {
         asm!("sgdt [{}]", in(reg) &raw mut gdt, options(nostack));
         asm!("sidt [{}]", in(reg) &raw mut idt, options(nostack));
     }
-    (Table { base: gdt.base, limit: gdt.limit }, Table { base: idt.base, limit: idt.limit })
+    (
+        Table {
+            base: gdt.base,
+            limit: gdt.limit,
+        },
+        Table {
+            base: idt.base,
+            limit: idt.limit,
+        },
+    )
 }
 
 /// Captures the state of this CPU. Interrupts are off.
@@ -126,12 +137,23 @@ fn capture() -> CpuState {
     let descriptor = |selector: u16, system| -> Segment {
         segment(selector, gdtr.limit, system, |offset| {
             // SAFETY: `segment` asks only for offsets inside the limit of the live GDT.
-            unsafe { (gdtr.base as *const u8).add(offset.into()).cast::<u64>().read_unaligned() }
+            unsafe {
+                (gdtr.base as *const u8)
+                    .add(offset.into())
+                    .cast::<u64>()
+                    .read_unaligned()
+            }
         })
     };
     let read = |number| sys::rdmsr(number).unwrap_or(0);
     let cr4_value = read_cr4();
-    let cet = |number| if cr4_value & cr4::CET != 0 { read(number) } else { 0 };
+    let cet = |number| {
+        if cr4_value & cr4::CET != 0 {
+            read(number)
+        } else {
+            0
+        }
+    };
     CpuState {
         cr0: read_cr0(),
         cr2: read_cr2(),
@@ -343,7 +365,15 @@ fn enter_svm(image: &Loaded, block: &CpuBlock, state: &CpuState, fail: u32) -> R
     let frame = block.prepare_leave(state);
     // SAFETY: the VMCB is complete, the trampoline and the image are mapped by the image's tables, and
     // interrupts are off. Returns from the guest, or natively if the entry was refused.
-    unsafe { sys::hv_svm_enter(vmcb, image.header().svm_start, image.host_cr3(), area, frame.cast()) };
+    unsafe {
+        sys::hv_svm_enter(
+            vmcb,
+            image.header().svm_start,
+            image.host_cr3(),
+            area,
+            frame.cast(),
+        )
+    };
     Ok(())
 }
 

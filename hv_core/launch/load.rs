@@ -7,11 +7,12 @@ use core::mem::offset_of;
 use kernel::prelude::*;
 
 use crate::abi::boot::{
-    BootInfo, CpuArea, ImageHeader, LeaveFrame, TableRegister, Vendor, VmxCapabilityMsrs, VpContext, IMAGE_MAGIC,
+    BootInfo, CpuArea, ImageHeader, LeaveFrame, TableRegister, Vendor, VmxCapabilityMsrs,
+    VpContext, IMAGE_MAGIC,
 };
 use crate::abi::layout::{
-    cpu_block, cpu_page, selector, stats_page, APIC_PAGE, CPU_WINDOWS, DIRECT_BASE, IMAGE_BASE, PAGE_SIZE,
-    SHARED_BASE, WINDOW_COUNT,
+    cpu_block, cpu_page, selector, stats_page, APIC_PAGE, CPU_WINDOWS, DIRECT_BASE, IMAGE_BASE,
+    PAGE_SIZE, SHARED_BASE, WINDOW_COUNT,
 };
 use crate::abi::log::{LogRing, LOG_PAGES};
 use crate::abi::stats::StatsPage;
@@ -19,10 +20,12 @@ use crate::launch::cpu::stack_top;
 use crate::launch::preflight::Facts;
 use crate::sys::{self, Pages};
 use crate::x86::mtrr::{MemoryType, MtrrState};
-use crate::x86::paging::{Attributes, Ept, Format, Host, Layout, Npt, PageSize, PageTable, TableMemory};
+use crate::x86::paging::{
+    Attributes, Ept, Format, Host, Layout, Npt, PageSize, PageTable, TableMemory,
+};
 use crate::x86::regs::{msr, APIC_DEFAULT_BASE};
-use crate::x86::state::CpuState;
 use crate::x86::root::{fill_root_msrpm, VmxControls};
+use crate::x86::state::CpuState;
 use crate::x86::vmcb::msrpm;
 
 /// Pages of the pool besides those that grow with the machine.
@@ -35,7 +38,16 @@ const IOPM_PAGES: u64 = 3;
 
 /// MSRs that a child reads and writes without an exit: SYSENTER, the system-call MSRs and the bases.
 const CHILD_MSRS: [u32; 10] = [
-    0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0100, 0xc000_0101, 0xc000_0102,
+    0x174,
+    0x175,
+    0x176,
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0100,
+    0xc000_0101,
+    0xc000_0102,
 ];
 
 /// Memory of one CPU.
@@ -97,7 +109,14 @@ impl CpuBlock {
             gs_base: state.gs_base,
             pat: state.pat,
             selectors: [
-                state.ds.selector, state.es.selector, state.fs.selector, state.gs.selector, 0, 0, 0, 0,
+                state.ds.selector,
+                state.es.selector,
+                state.fs.selector,
+                state.gs.selector,
+                0,
+                0,
+                0,
+                0,
             ],
             gdtr: TableRegister::new(state.gdtr.base, state.gdtr.limit),
             idtr: TableRegister::new(state.idtr.base, state.idtr.limit),
@@ -233,8 +252,7 @@ impl Loaded {
         let bytes = sys::image();
         let header = read_header(bytes)?;
         let bits = sys::physical_bits();
-        let mut pool_pages =
-            POOL_BASE_PAGES + POOL_PAGES_PER_CPU * u64::from(sys::cpu_count());
+        let mut pool_pages = POOL_BASE_PAGES + POOL_PAGES_PER_CPU * u64::from(sys::cpu_count());
         if !facts.second_level_1g() {
             pool_pages += 1 << bits.saturating_sub(30);
         } else {
@@ -248,7 +266,12 @@ impl Loaded {
         for _ in 0..sys::cpu_count() {
             stats.push(Pages::new(0)?, GFP_KERNEL)?;
         }
-        let mut tables = Pool { spa: pool.spa(), pages: (pool.len() / 4096) as u64, used: 0, free: 0 };
+        let mut tables = Pool {
+            spa: pool.spa(),
+            pages: (pool.len() / 4096) as u64,
+            used: 0,
+            free: 0,
+        };
 
         let mut blocks = KVec::new();
         for cpu in (0..sys::cpu_count()).filter(|cpu| sys::cpu_possible(*cpu)) {
@@ -259,7 +282,10 @@ impl Loaded {
         if facts.vendor() == Vendor::Svm {
             // SAFETY: the pages were just taken from the pool.
             let map = unsafe {
-                core::slice::from_raw_parts_mut((sys::direct_map() + msrpm) as *mut u8, msrpm::BYTES)
+                core::slice::from_raw_parts_mut(
+                    (sys::direct_map() + msrpm) as *mut u8,
+                    msrpm::BYTES,
+                )
             };
             fill_root_msrpm(map);
         }
@@ -283,7 +309,9 @@ impl Loaded {
                 pool_used: 0,
                 zero_page: zero.spa(),
                 physical_bits: bits,
-                vmx_cet: VmxControls::root(&facts.vmx, facts.instructions()).cet.into(),
+                vmx_cet: VmxControls::root(&facts.vmx, facts.instructions())
+                    .cet
+                    .into(),
                 svm_next_rip: facts.svm_next_rip().into(),
                 host_levels: if facts.la57() { 5 } else { 4 },
                 slat_1g: facts.second_level_1g().into(),
@@ -292,6 +320,7 @@ impl Loaded {
                 tsc_hz: sys::tsc_hz(),
                 vmx: VmxCapabilityMsrs {
                     basic: facts.vmx.basic,
+                    misc: facts.vmx.misc,
                     pin: facts.vmx.pin,
                     processor: facts.vmx.processor,
                     secondary: facts.vmx.secondary,
@@ -314,9 +343,11 @@ impl Loaded {
         };
         this.boot.host_cr3 = this.build_host_tables(&mut tables)?;
         let slat = match facts.vendor() {
-            Vendor::Vmx => this.build_root_slat::<Ept>(&mut tables, 4, &MtrrState::from_msrs(bits as u8, |n| {
-                sys::rdmsr(n).unwrap_or(0)
-            }))?,
+            Vendor::Vmx => this.build_root_slat::<Ept>(
+                &mut tables,
+                4,
+                &MtrrState::from_msrs(bits as u8, |n| sys::rdmsr(n).unwrap_or(0)),
+            )?,
             // The nested table has as many levels as the host's (APM 15.25.3), and MTRRs still apply.
             Vendor::Svm => {
                 let levels = if facts.la57() { 5 } else { 4 };
@@ -383,7 +414,11 @@ impl Loaded {
 
     /// Bytes: image, one CPU block, pool.
     pub(crate) fn sizes(&self) -> [usize; 3] {
-        [self.header.memory_end as usize, cpu_block::PAGES * PAGE_SIZE as usize, self.pool.len()]
+        [
+            self.header.memory_end as usize,
+            cpu_block::PAGES * PAGE_SIZE as usize,
+            self.pool.len(),
+        ]
     }
 
     /// Pages of the pool in use.
@@ -416,13 +451,19 @@ impl Loaded {
         let head = ring.head.load(Ordering::Acquire);
         let size = ring.text.len() as u64;
         if head.saturating_sub(*position) > size {
-            pr_warn!("{} bytes of the image's log were overwritten\n", head - size - *position);
+            pr_warn!(
+                "{} bytes of the image's log were overwritten\n",
+                head - size - *position
+            );
             *position = head - size;
         }
         let mut buffer = [0u8; 256];
         let mut used = 0;
         for at in *position..head {
-            let byte = ring.text.get((at % size) as usize).map_or(0, |b| b.load(Ordering::Acquire));
+            let byte = ring
+                .text
+                .get((at % size) as usize)
+                .map_or(0, |b| b.load(Ordering::Acquire));
             if byte == b'\n' || used == buffer.len() {
                 line(buffer.get(..used).unwrap_or(&[]));
                 used = 0;
@@ -441,9 +482,11 @@ impl Loaded {
     fn build_host_tables(&self, tables: &mut Pool) -> Result<u64> {
         let levels = if self.facts.la57() { 5 } else { 4 };
         let mut host =
-            PageTable::<Host>::with_layout(tables, Layout::new(levels, PageSize::Size4K)).map_err(table_error)?;
+            PageTable::<Host>::with_layout(tables, Layout::new(levels, PageSize::Size4K))
+                .map_err(table_error)?;
         let mut map = |address, spa, length, attributes| {
-            host.map(tables, address, spa, length, attributes).map_err(table_error)
+            host.map(tables, address, spa, length, attributes)
+                .map_err(table_error)
         };
         let h = &self.header;
         let image = self.image.spa();
@@ -466,21 +509,41 @@ impl Loaded {
             // The windows show the zero page until their first use; this makes their tables.
             let windows = cpu_page(block.cpu as usize, 0) + CPU_WINDOWS;
             for window in 0..WINDOW_COUNT {
-                map(windows + window * PAGE_SIZE, self.zero.spa(), PAGE_SIZE, Attributes::R)?;
+                map(
+                    windows + window * PAGE_SIZE,
+                    self.zero.spa(),
+                    PAGE_SIZE,
+                    Attributes::R,
+                )?;
             }
         }
-        map(SHARED_BASE, self.log.spa(), LOG_PAGES as u64 * PAGE_SIZE, Attributes::RW)?;
+        map(
+            SHARED_BASE,
+            self.log.spa(),
+            LOG_PAGES as u64 * PAGE_SIZE,
+            Attributes::RW,
+        )?;
         for (cpu, page) in self.stats.iter().enumerate() {
             map(stats_page(cpu), page.spa(), PAGE_SIZE, Attributes::RW)?;
         }
         let uncached = Attributes::RW.with_memory_type(MemoryType::Uncacheable);
         let apic = sys::rdmsr(msr::APIC_BASE).unwrap_or(APIC_DEFAULT_BASE) & !(PAGE_SIZE - 1);
         map(APIC_PAGE, apic, PAGE_SIZE, uncached)?;
-        map(DIRECT_BASE + self.pool.spa(), self.pool.spa(), self.pool.len() as u64, Attributes::RW)?;
+        map(
+            DIRECT_BASE + self.pool.spa(),
+            self.pool.spa(),
+            self.pool.len() as u64,
+            Attributes::RW,
+        )?;
         let (start, end) = sys::trampoline();
         let mut address = start & !(PAGE_SIZE - 1);
         while address < end {
-            map(address, sys::virt_to_phys(address as *const _), PAGE_SIZE, Attributes::RX)?;
+            map(
+                address,
+                sys::virt_to_phys(address as *const _),
+                PAGE_SIZE,
+                Attributes::RX,
+            )?;
             address += PAGE_SIZE;
         }
         Ok(host.root())
@@ -488,28 +551,55 @@ impl Loaded {
 
     /// Identity map of the whole physical address space, with the memory types of the MTRRs, except that
     /// the hypervisor's own pages show the zero page, read-only: the root is sealed off from the start.
-    fn build_root_slat<F: Format>(&self, tables: &mut Pool, levels: u8, mtrr: &MtrrState) -> Result<u64> {
-        let largest = if self.facts.second_level_1g() { PageSize::Size1G } else { PageSize::Size2M };
-        let mut slat = PageTable::<F>::with_layout(tables, Layout::new(levels, largest)).map_err(table_error)?;
+    fn build_root_slat<F: Format>(
+        &self,
+        tables: &mut Pool,
+        levels: u8,
+        mtrr: &MtrrState,
+    ) -> Result<u64> {
+        let largest = if self.facts.second_level_1g() {
+            PageSize::Size1G
+        } else {
+            PageSize::Size2M
+        };
+        let mut slat = PageTable::<F>::with_layout(tables, Layout::new(levels, largest))
+            .map_err(table_error)?;
         let limit = 1u64 << self.boot.physical_bits;
         if self.facts.vendor() == Vendor::Vmx {
             for range in mtrr.ranges(limit) {
                 let attributes = Attributes::RWX.with_memory_type(range.memory_type);
-                slat.map(tables, range.start, range.start, range.end - range.start, attributes)
-                    .map_err(table_error)?;
+                slat.map(
+                    tables,
+                    range.start,
+                    range.start,
+                    range.end - range.start,
+                    attributes,
+                )
+                .map_err(table_error)?;
             }
         } else {
-            slat.map(tables, 0, 0, limit, Attributes::RWX).map_err(table_error)?;
+            slat.map(tables, 0, 0, limit, Attributes::RWX)
+                .map_err(table_error)?;
         }
         let zero = self.zero.spa();
         let own = [&self.image, &self.pool];
-        for pages in Iterator::chain(own.into_iter(), self.blocks.iter().map(|block| &block.pages)) {
+        for pages in Iterator::chain(
+            own.into_iter(),
+            self.blocks.iter().map(|block| &block.pages),
+        ) {
             for page in 0..pages.len() as u64 / PAGE_SIZE {
-                slat.map(tables, pages.spa() + page * PAGE_SIZE, zero, PAGE_SIZE, Attributes::R)
-                    .map_err(table_error)?;
+                slat.map(
+                    tables,
+                    pages.spa() + page * PAGE_SIZE,
+                    zero,
+                    PAGE_SIZE,
+                    Attributes::R,
+                )
+                .map_err(table_error)?;
             }
         }
-        slat.map(tables, zero, zero, PAGE_SIZE, Attributes::R).map_err(table_error)?;
+        slat.map(tables, zero, zero, PAGE_SIZE, Attributes::R)
+            .map_err(table_error)?;
         Ok(slat.root())
     }
 
@@ -519,10 +609,15 @@ impl Loaded {
         // SAFETY: `read_header` checked that the offsets lie in the image's memory, which nobody uses yet.
         unsafe {
             core::ptr::copy_nonoverlapping(bytes.as_ptr(), self.image.address(), bytes.len());
-            at(self.header.boot_info).cast::<BootInfo>().write(self.boot);
+            at(self.header.boot_info)
+                .cast::<BootInfo>()
+                .write(self.boot);
             let idt = at(self.header.idt).cast::<[u64; 2]>();
             for vector in 0..32u64 {
-                idt.add(vector as usize).write(gate(self.header.exception_stubs + 16 * vector, self.ist(vector)));
+                idt.add(vector as usize).write(gate(
+                    self.header.exception_stubs + 16 * vector,
+                    self.ist(vector),
+                ));
             }
         }
     }
@@ -554,7 +649,10 @@ fn fill_child_maps(vendor: Vendor, msr_map: u64, iopm: u64) {
     let (msrs, ports) = unsafe {
         (
             core::slice::from_raw_parts_mut((sys::direct_map() + msr_map) as *mut u8, msrpm::BYTES),
-            core::slice::from_raw_parts_mut((sys::direct_map() + iopm) as *mut u8, 3 * PAGE_SIZE as usize),
+            core::slice::from_raw_parts_mut(
+                (sys::direct_map() + iopm) as *mut u8,
+                3 * PAGE_SIZE as usize,
+            ),
         )
     };
     ports.fill(0xff);
@@ -600,7 +698,8 @@ fn new_block(cpu: u32, header: &ImageHeader) -> Result<CpuBlock> {
     }
     tss[25] = (size_of::<[u32; 26]>() as u32) << 16;
     let limit = size_of::<[u32; 26]>() as u64 - 1;
-    let tss_low = limit | (tss_address & 0xff_ffff) << 16 | 0x8b << 40 | (tss_address >> 24 & 0xff) << 56;
+    let tss_low =
+        limit | (tss_address & 0xff_ffff) << 16 | 0x8b << 40 | (tss_address >> 24 & 0xff) << 56;
     // SAFETY: all-zero is a valid `CpuArea`: integers only.
     let empty: CpuArea = unsafe { core::mem::zeroed() };
     let control_spa = pages.spa() + cpu_block::ROOT_CONTROL as u64 * PAGE_SIZE;
@@ -614,12 +713,30 @@ fn new_block(cpu: u32, header: &ImageHeader) -> Result<CpuBlock> {
         apic_id: sys::apic_id(cpu),
         x2apic: (apic_base >> 10 & 1) as u32,
         state: crate::abi::boot::cpu_state::LAUNCHED,
-        gdtr: TableRegister::new(area + offset_of!(CpuArea, gdt) as u64, size_of::<[u64; 6]>() as u16 - 1),
+        gdtr: TableRegister::new(
+            area + offset_of!(CpuArea, gdt) as u64,
+            size_of::<[u64; 6]>() as u16 - 1,
+        ),
         idtr: TableRegister::new(IMAGE_BASE + header.idt, 32 * 16 - 1),
-        root: VpContext { control_spa, control: cpu_page(index, cpu_block::ROOT_CONTROL), ..empty.root },
-        gdt: [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, tss_low, tss_address >> 32],
+        root: VpContext {
+            control_spa,
+            control: cpu_page(index, cpu_block::ROOT_CONTROL),
+            ..empty.root
+        },
+        gdt: [
+            0,
+            0,
+            0x00af_9b00_0000_ffff,
+            0x00cf_9300_0000_ffff,
+            tss_low,
+            tss_address >> 32,
+        ],
         tss,
         ..empty
     };
-    Ok(CpuBlock { cpu, pages, template })
+    Ok(CpuBlock {
+        cpu,
+        pages,
+        template,
+    })
 }

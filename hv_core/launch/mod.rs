@@ -56,7 +56,12 @@ impl Hypervisor {
         for _ in 0..sys::cpu_count() {
             cpus.push(AtomicU8::new(NATIVE), GFP_KERNEL)?;
         }
-        let this = Self { preflight, image, cpus, faulted: AtomicBool::new(false) };
+        let this = Self {
+            preflight,
+            image,
+            cpus,
+            faulted: AtomicBool::new(false),
+        };
         this.enter_all(&locked, faults).inspect_err(|_| {
             this.leave_all(&locked);
             this.drain_log();
@@ -104,7 +109,9 @@ impl Hypervisor {
     }
 
     fn is_launched(&self, cpu: u32) -> bool {
-        self.cpus.get(cpu as usize).is_some_and(|slot| slot.load(Ordering::Acquire) == LAUNCHED)
+        self.cpus
+            .get(cpu as usize)
+            .is_some_and(|slot| slot.load(Ordering::Acquire) == LAUNCHED)
     }
 
     /// Whether the image faulted and gave the machine back.
@@ -132,8 +139,14 @@ impl Hypervisor {
 
     /// Looks whether the image gave a CPU back, and then takes back the others: half a hypervisor is none.
     pub(crate) fn check(&self) {
-        let faults = |cpu| self.image.stats(cpu).map_or(0, |s| s.faults.load(Ordering::Acquire));
-        if (0..sys::cpu_count()).all(|cpu| faults(cpu) == 0) || self.faulted.swap(true, Ordering::AcqRel) {
+        let faults = |cpu| {
+            self.image
+                .stats(cpu)
+                .map_or(0, |s| s.faults.load(Ordering::Acquire))
+        };
+        if (0..sys::cpu_count()).all(|cpu| faults(cpu) == 0)
+            || self.faulted.swap(true, Ordering::AcqRel)
+        {
             return;
         }
         self.leave_all(&CpusLocked::new());
@@ -149,10 +162,11 @@ impl Hypervisor {
         }
         // SAFETY: `READER` admits one at a time.
         unsafe {
-            self.image.drain_log(|line| match core::str::from_utf8(line) {
-                Ok(text) => pr_warn!("image: {}\n", text),
-                Err(_) => pr_warn!("image: (unreadable line)\n"),
-            });
+            self.image
+                .drain_log(|line| match core::str::from_utf8(line) {
+                    Ok(text) => pr_warn!("image: {}\n", text),
+                    Err(_) => pr_warn!("image: (unreadable line)\n"),
+                });
         }
         READER.store(false, Ordering::Release);
     }
@@ -165,9 +179,23 @@ impl Hypervisor {
     /// Prints the status as one JSON document; `partitions` prints the elements of that list.
     pub(crate) fn status(&self, seq: &SeqFile, partitions: impl FnOnce(&SeqFile)) {
         let [image, block, pool] = self.image.sizes();
-        let state = if self.is_faulted() { "faulted" } else { "launched" };
-        seq_print!(seq, "{{\"state\":\"{}\",\"vendor\":\"{:?}\",", state, self.image.vendor());
-        seq_print!(seq, "\"image\":{{\"size\":{},\"address\":{}}},", image, self.image.image_spa());
+        let state = if self.is_faulted() {
+            "faulted"
+        } else {
+            "launched"
+        };
+        seq_print!(
+            seq,
+            "{{\"state\":\"{}\",\"vendor\":\"{:?}\",",
+            state,
+            self.image.vendor()
+        );
+        seq_print!(
+            seq,
+            "\"image\":{{\"size\":{},\"address\":{}}},",
+            image,
+            self.image.image_spa()
+        );
         seq_print!(
             seq,
             "\"memory\":{{\"image_bytes\":{},\"per_cpu_bytes\":{},\"pool_bytes\":{},\"pool_used_bytes\":{}}},",
@@ -185,13 +213,28 @@ impl Hypervisor {
         seq_print!(seq, "],\"cpus\":[");
         let mut comma = "";
         for cpu in (0..sys::cpu_count()).filter(|cpu| sys::cpu_possible(*cpu)) {
-            let Some(stats) = self.image.stats(cpu) else { continue };
-            let state = if self.is_launched(cpu) { "launched" } else { "native" };
-            seq_print!(seq, "{}{{\"cpu\":{},\"state\":\"{}\",\"exits\":{{", comma, cpu, state);
+            let Some(stats) = self.image.stats(cpu) else {
+                continue;
+            };
+            let state = if self.is_launched(cpu) {
+                "launched"
+            } else {
+                "native"
+            };
+            seq_print!(
+                seq,
+                "{}{{\"cpu\":{},\"state\":\"{}\",\"exits\":{{",
+                comma,
+                cpu,
+                state
+            );
             comma = ",";
             let mut inner = "";
             for kind in 0..EXIT_KINDS {
-                let count = stats.root_exits.get(kind).map_or(0, |c| c.load(Ordering::Relaxed));
+                let count = stats
+                    .root_exits
+                    .get(kind)
+                    .map_or(0, |c| c.load(Ordering::Relaxed));
                 if count != 0 {
                     let name = EXIT_NAMES.get(kind).copied().unwrap_or("");
                     seq_print!(seq, "{}\"{}\":{}", inner, name, count);

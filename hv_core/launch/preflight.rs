@@ -41,9 +41,17 @@ impl Facts {
         let [max, b, c, d] = cpu::cpuid(0, 0);
         let [_, _, leaf1_ecx, _] = cpu::cpuid(1, 0);
         let leaf7 = if max >= 7 { cpu::cpuid(7, 0) } else { [0; 4] };
-        let leafd1 = if max >= 0xd { cpu::cpuid(0xd, 1) } else { [0; 4] };
+        let leafd1 = if max >= 0xd {
+            cpu::cpuid(0xd, 1)
+        } else {
+            [0; 4]
+        };
         let [extended, ..] = cpu::cpuid(0x8000_0000, 0);
-        let e1 = if extended >= 0x8000_0001 { cpu::cpuid(0x8000_0001, 0) } else { [0; 4] };
+        let e1 = if extended >= 0x8000_0001 {
+            cpu::cpuid(0x8000_0001, 0)
+        } else {
+            [0; 4]
+        };
         let intel = [b, d, c] == ids(b"GenuineIntel");
         let vmx_present = intel && leaf1_ecx & cpuid::L1_ECX_VMX != 0;
         let svm_present = !intel && e1[2] & cpuid::E1_ECX_SVM != 0;
@@ -163,7 +171,11 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_fmt(fmt!(
             "{}: found {:#x}, required: {} ({}). {}",
-            self.name, self.found, self.required, self.why, self.remedy
+            self.name,
+            self.found,
+            self.required,
+            self.why,
+            self.remedy
         ))
     }
 }
@@ -210,14 +222,17 @@ impl Preflight {
 type Push = core::result::Result<(), kernel::alloc::AllocError>;
 
 #[allow(clippy::too_many_arguments)]
-fn table(
-    facts: &Facts,
-    differing: u64,
-    enabled: u64,
-    mut push: impl FnMut(Row) -> Push,
-) -> Push {
+fn table(facts: &Facts, differing: u64, enabled: u64, mut push: impl FnMut(Row) -> Push) -> Push {
     let mut row = |name, why, found, required, ok, error, remedy| {
-        push(Row { name, why, found, required, remedy, ok, error })
+        push(Row {
+            name,
+            why,
+            found,
+            required,
+            remedy,
+            ok,
+            error,
+        })
     };
     let [max_leaf, b, c, d] = cpu::cpuid(0x4000_0000, 0);
     let hypervisor = facts.leaf1_ecx & cpuid::L1_ECX_HYPERVISOR != 0;
@@ -309,7 +324,15 @@ fn table(
 
 fn vmx_rows(
     facts: &Facts,
-    row: &mut impl FnMut(&'static str, &'static str, u64, &'static str, bool, Error, &'static str) -> Push,
+    row: &mut impl FnMut(
+        &'static str,
+        &'static str,
+        u64,
+        &'static str,
+        bool,
+        Error,
+        &'static str,
+    ) -> Push,
 ) -> Push {
     let vmx = &facts.vmx;
     row(
@@ -401,7 +424,15 @@ fn vmx_rows(
 
 fn svm_rows(
     facts: &Facts,
-    row: &mut impl FnMut(&'static str, &'static str, u64, &'static str, bool, Error, &'static str) -> Push,
+    row: &mut impl FnMut(
+        &'static str,
+        &'static str,
+        u64,
+        &'static str,
+        bool,
+        Error,
+        &'static str,
+    ) -> Push,
 ) -> Push {
     row(
         "VM_CR.SVMDIS",

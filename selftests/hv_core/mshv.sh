@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # /dev/mshv as clients use it: partitions with small guests, and everything that must be refused.
+# Beds: svm vmx
 # Timeout: 120
 . "$(dirname "$0")/../ktap.sh"
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # The tests of the mshv-ioctls crate, unmodified: one after the other, then all at once.
+# Beds: svm vmx
 # Timeout: 200
 . "$(dirname "$0")/../ktap.sh"
 

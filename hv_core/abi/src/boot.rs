@@ -50,6 +50,7 @@ pub enum Vendor {
 #[allow(missing_docs)] // The names are the MSRs'.
 pub struct VmxCapabilityMsrs {
     pub basic: u64,
+    pub misc: u64,
     pub pin: u64,
     pub processor: u64,
     pub secondary: u64,

@@ -18,9 +18,9 @@ use crate::arch::object::{
 use crate::arch::switch::{rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
 use crate::child::{exception, Run};
-use crate::header::boot;
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local};
+use crate::header::boot;
 use crate::partition::{new_core, Partition};
 use crate::register_page::{self, RegisterPage};
 use crate::registers::{self, Registers, SetGroup};

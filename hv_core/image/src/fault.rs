@@ -115,7 +115,10 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 fn give_back(area: &mut CpuArea) -> ! {
     let vendor = boot().vendor;
     if area.state == cpu_state::FAULTED {
-        log!("cpu {}: fault while returning to Linux, stopping this CPU", area.cpu);
+        log!(
+            "cpu {}: fault while returning to Linux, stopping this CPU",
+            area.cpu
+        );
         loop {
             // SAFETY: stops this CPU for good; there is no state to go on with.
             unsafe { core::arch::asm!("cli", "hlt", options(nomem, nostack)) };

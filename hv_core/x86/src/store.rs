@@ -115,13 +115,13 @@ pub fn decode_store(bytes: &[u8], mode: Mode) -> Option<Store> {
         at += width;
         let mut value = if raw.last()? & 0x80 != 0 { u64::MAX } else { 0 };
         for byte in raw.iter().rev() {
-            value = value << 8 | u64::from(*byte);
+            value = (value << 8) | u64::from(*byte);
         }
         Source::Immediate(value)
     } else if size == 1 && rex == 0 && register >= 4 {
         Source::Register(register - 4, true)
     } else {
-        Source::Register(register | (rex & 4) << 1, false)
+        Source::Register(register | ((rex & 4) << 1), false)
     };
     // The whole instruction must be there, and 15 bytes is the limit (SDM volume 2, 2.3.11).
     if at > bytes.len() || at > 15 {

@@ -78,6 +78,7 @@ pub mod field {
     pub const GUEST_INTERRUPTIBILITY: u32 = 0x4824;
     pub const GUEST_ACTIVITY: u32 = 0x4826;
     pub const GUEST_SYSENTER_CS: u32 = 0x482a;
+    pub const PREEMPTION_TIMER: u32 = 0x482e;
     pub const HOST_SYSENTER_CS: u32 = 0x4c00;
     pub const CR0_MASK: u32 = 0x6000;
     pub const CR4_MASK: u32 = 0x6002;
@@ -258,6 +259,7 @@ pub mod reason {
     pub const EPT_VIOLATION: u32 = 48;
     pub const EPT_MISCONFIGURATION: u32 = 49;
     pub const INVEPT: u32 = 50;
+    pub const PREEMPTION_TIMER: u32 = 52;
     pub const INVVPID: u32 = 53;
     pub const WBINVD: u32 = 54;
     pub const XSETBV: u32 = 55;

@@ -119,7 +119,9 @@ impl Partition {
         // Firmware of machines with x2APIC hands over in that mode: no access to the APIC page is left.
         fd.set_reg(&[hv::hv_register_assoc {
             name: hv::hv_register_name_HV_X64_REGISTER_APIC_BASE,
-            value: hv::hv_register_value { reg64: x2apic_base(index) },
+            value: hv::hv_register_value {
+                reg64: x2apic_base(index),
+            },
             ..Default::default()
         }])
         .map_err(|e| Error::hypervisor(format!("set the APIC mode of VP {index}"), e))?;

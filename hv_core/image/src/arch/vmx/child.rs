@@ -41,6 +41,9 @@ const TYPE_EXCEPTION: u32 = 3;
 const VALID: u32 = 1 << 31;
 const WITH_ERROR: u32 = 1 << 11;
 
+/// How often a child that nothing interrupts comes back to the root.
+const RUNS_PER_SECOND: u64 = 200;
+
 /// MSRs that the world switch moves, with their place in [`VpState`].
 const SWITCHED: [u32; 5] = [
     0xc000_0081,
@@ -181,7 +184,7 @@ impl VmxChild {
         for (number, wanted, capability) in [
             (
                 field::PIN_CONTROLS,
-                pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI,
+                pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI | pin::PREEMPTION_TIMER,
                 vmx.pin,
             ),
             (field::PROCESSOR_CONTROLS, first, vmx.processor),
@@ -423,7 +426,7 @@ impl ChildHardware for VmxChild {
             return ChildExit::InvalidState;
         }
         match full & 0xffff {
-            reason::EXTERNAL_INTERRUPT => ChildExit::ExternalInterrupt,
+            reason::EXTERNAL_INTERRUPT | reason::PREEMPTION_TIMER => ChildExit::ExternalInterrupt,
             reason::EXCEPTION_OR_NMI => ChildExit::Nmi,
             reason::INTERRUPT_WINDOW => ChildExit::Window,
             reason::NMI_WINDOW => ChildExit::Window,
@@ -577,6 +580,15 @@ impl ChildHardware for VmxChild {
         core.window_requested = read(field::PROCESSOR_CONTROLS) as u32
             & (processor::INTERRUPT_WINDOW | processor::NMI_WINDOW)
             != 0;
+        if read(field::PIN_CONTROLS) as u32 & pin::PREEMPTION_TIMER != 0 {
+            // A bound on the time away from the root that does not depend on interrupts: some processors' models hold
+            // them back while the child has IF clear. The timer counts at the TSC's rate shifted right (SDM A.6).
+            let rate = self.info.vmx.misc & 31;
+            write(
+                field::PREEMPTION_TIMER,
+                (self.info.tsc_hz / RUNS_PER_SECOND >> rate).min(u64::from(u32::MAX)),
+            );
+        }
         if flush {
             invept(read(field::EPT_POINTER));
             invvpid(core.vpid.into());
