@@ -3,7 +3,7 @@
 # KDIR=... builds the modules for another kernel tree. The kernel's own build files are Kbuild and hv_core/Kbuild.
 
 .DEFAULT_GOAL := modules
-.PHONY: help setup all modules install demo test bench lint clean
+.PHONY: help setup all modules install demo test lint clean
 
 SETUP := tools/build/setup
 IN := tools/build/in-root
@@ -30,14 +30,11 @@ modules: setup ## Builds hv_core.ko into build/modules
 install: ## Installs the modules for their kernel, and the rule that lets group mshv use /dev/mshv (INSTALL_MOD_PATH, DESTDIR)
 	@tools/build/install
 
-demo: modules ## Boots a Debian guest that loads the module, and shows what happens
-	@$(IN) selftests/run --bed svm --test module --show
+demo: modules ## Boots a Debian root that launches the hypervisor and boots a stock Debian child, console shown
+	@$(IN) selftests/run --bed svm --test boot --show
 
 test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs one test on one bed
 	@$(IN) selftests/run $(if $(BED)$(TEST),--bed "$(BED)" --test "$(TEST)",--host)
-
-bench: setup ## Measures costs (nothing to measure yet)
-	@echo "bench: nothing to measure yet"
 
 lint: setup ## Checks the form of the sources
 	@$(IN) sh -c 'find hv_core tools selftests -name "*.rs" | xargs rustfmt --check --config-path .'

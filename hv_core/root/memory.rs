@@ -17,12 +17,13 @@ use crate::sys::{self, PinnedPage};
 
 /// Pages that are pinned and mapped together.
 const CHUNK: usize = 512;
-/// Pages that fit one MAP_GPA_PAGES call.
-const BATCH: usize = 500;
+/// Pages of one MAP_GPA_PAGES call; 500 would fit, but their numbers are on the stack.
+const BATCH: usize = 128;
 /// Pages that a child's physical address space may have (52 bits).
 const GUEST_PAGES: u64 = 1 << 40;
 
-type Chunk = [PinnedPage; CHUNK];
+/// [`CHUNK`] pages.
+type Chunk = KVec<PinnedPage>;
 
 /// A region of guest memory.
 pub(crate) struct Region {
@@ -33,7 +34,7 @@ pub(crate) struct Region {
     address: u64,
     writable: bool,
     executable: bool,
-    chunks: RBTree<u64, KBox<Chunk>>,
+    chunks: RBTree<u64, Chunk>,
     /// Pages mapped now.
     mapped: u64,
 }
@@ -126,7 +127,7 @@ impl Region {
     fn populate(&mut self, partition: &Partition, offset: u64) -> Result {
         let number = offset / CHUNK as u64;
         if self.chunks.get(&number).is_none() {
-            let chunk = KBox::new([PinnedPage::NONE; CHUNK], GFP_KERNEL_ACCOUNT)?;
+            let chunk = KVec::from_elem(PinnedPage::NONE, CHUNK, GFP_KERNEL_ACCOUNT)?;
             self.chunks
                 .try_create_and_insert(number, chunk, GFP_KERNEL_ACCOUNT)?;
         }

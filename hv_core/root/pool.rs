@@ -125,7 +125,7 @@ impl Pool {
     /// Takes back all that the image no longer uses, and frees it. What it keeps goes to the orphans.
     pub(crate) fn withdraw(&self, winhv: &Winhv) {
         let mut pages = self.pages.lock();
-        let mut out = [0u64; 512];
+        let mut out = [0u64; 128];
         let control = rep_control(code::WITHDRAW_MEMORY, out.len() as u16, 0);
         let head = WithdrawMemory {
             partition_id: self.partition,
@@ -153,6 +153,14 @@ impl Pool {
             if !answer.status.is_success() || answer.reps == 0 {
                 break;
             }
+        }
+        if back < pages.len() {
+            pr_warn!(
+                "partition {}: {} of {} pages stay with the hypervisor\n",
+                self.partition,
+                pages.len() - back,
+                pages.len()
+            );
         }
         // Before Linux uses them again, no CPU may believe that they are sealed.
         winhv.flush();

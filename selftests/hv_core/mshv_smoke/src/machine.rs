@@ -2,7 +2,7 @@
 //! A small guest in real mode, and the ioctls the crates have no call for.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,9 @@ pub struct Memory {
     address: *mut u8,
     size: usize,
 }
+
+// SAFETY: it is accessed by copies only, and the guest may change it at any time anyway.
+unsafe impl Sync for Memory {}
 
 impl Memory {
     /// Maps it.
@@ -150,45 +153,54 @@ impl Machine {
 
     /// Sets registers.
     pub fn set(&self, registers: &[(u32, u64)]) -> Result<()> {
-        let registers: Vec<_> = registers
-            .iter()
-            .map(|(name, value)| hv_register_assoc {
-                name: *name,
-                value: hv_register_value { reg64: *value },
-                ..Default::default()
-            })
-            .collect();
-        Ok(self.vcpu.set_reg(&registers)?)
+        set(&self.vcpu, registers)
     }
 
     /// Runs until there is a message.
     pub fn next_message(&self) -> Result<hv_message> {
-        let start = Instant::now();
-        loop {
-            match self.vcpu.run() {
-                Ok(message) => return Ok(message),
-                Err(error) if error.errno() == libc::EINTR && start.elapsed() < PATIENCE => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        next_message_of(&self.vcpu)
     }
 
     /// Runs until the guest writes to a port, and steps over that: port and AL.
     pub fn next_port_write(&self) -> Result<(u16, u64)> {
-        let message = self.next_message()?;
-        if kind(&message) != hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT {
-            return Err(format!("message {:#x} instead of port I/O", kind(&message)).into());
-        }
-        let info = message.to_ioport_info()?;
-        let length = info.header.instruction_length();
-        let next = info.header.rip + u64::from(length);
-        self.set(&[(hv_register_name_HV_X64_REGISTER_RIP, next)])?;
-        Ok((info.port_number, info.rax & 0xff))
+        next_port_write_of(&self.vcpu)
     }
 }
 
-impl AsRawFd for Machine {
-    fn as_raw_fd(&self) -> RawFd {
-        self.vm.as_raw_fd()
+/// Sets registers of a VP.
+fn set(vcpu: &VcpuFd, registers: &[(u32, u64)]) -> Result<()> {
+    let registers: Vec<_> = registers
+        .iter()
+        .map(|(name, value)| hv_register_assoc {
+            name: *name,
+            value: hv_register_value { reg64: *value },
+            ..Default::default()
+        })
+        .collect();
+    Ok(vcpu.set_reg(&registers)?)
+}
+
+/// Runs a VP until there is a message.
+fn next_message_of(vcpu: &VcpuFd) -> Result<hv_message> {
+    let start = Instant::now();
+    loop {
+        match vcpu.run() {
+            Ok(message) => return Ok(message),
+            Err(error) if error.errno() == libc::EINTR && start.elapsed() < PATIENCE => {}
+            Err(error) => return Err(error.into()),
+        }
     }
+}
+
+/// Runs a VP until it writes to a port, and steps over that: port and AL.
+pub fn next_port_write_of(vcpu: &VcpuFd) -> Result<(u16, u64)> {
+    let message = next_message_of(vcpu)?;
+    if kind(&message) != hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT {
+        return Err(format!("message {:#x} instead of port I/O", kind(&message)).into());
+    }
+    let info = message.to_ioport_info()?;
+    let length = info.header.instruction_length();
+    let next = info.header.rip + u64::from(length);
+    set(vcpu, &[(hv_register_name_HV_X64_REGISTER_RIP, next)])?;
+    Ok((info.port_number, info.rax & 0xff))
 }

@@ -18,7 +18,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 13] = [
+const CHECKS: [Check; 14] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -51,6 +51,7 @@ const CHECKS: [Check; 13] = [
     ),
     ("interrupt_wakes_a_halted_vp", interrupt_wakes_a_halted_vp),
     ("event_asserts_an_interrupt", event_asserts_an_interrupt),
+    ("vp_starts_another_vp", vp_starts_another_vp),
     (
         "large_region_costs_nothing_until_touched",
         large_region_costs_nothing_until_touched,
@@ -572,6 +573,55 @@ fn event_asserts_an_interrupt() -> Outcome {
     machine.vm.unregister_irqfd(&event, 30)?;
     event.write(1)?;
     ensure!(event.read()? == 1, "the event was consumed");
+    Ok(())
+}
+
+fn vp_starts_another_vp() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xb9, 0x1b, 0, 0, 0,          // mov $0x1b, %ecx     IA32_APIC_BASE
+        0x0f, 0x32,                         // rdmsr
+        0x0d, 0x00, 0x0c,                   // or $0xc00, %ax      x2APIC mode
+        0x0f, 0x30,                         // wrmsr
+        0x66, 0xb9, 0x30, 0x08, 0, 0,       // mov $0x830, %ecx    ICR
+        0x66, 0xba, 0x01, 0, 0, 0,          // mov $1, %edx        to APIC 1
+        0x66, 0xb8, 0x00, 0x45, 0, 0,       // mov $0x4500, %eax   INIT
+        0x0f, 0x30,                         // wrmsr
+        0x66, 0xb8, 0x02, 0x46, 0, 0,       // mov $0x4602, %eax   SIPI to 0x2000
+        0x0f, 0x30,                         // wrmsr
+        0xf4, 0xeb, 0xfd,                   // 1: hlt; jmp 1b
+    ];
+    let machine = Machine::new(&code)?;
+    machine.memory.write(
+        0x1000,
+        &[
+            0xb0, 0x77, // mov $0x77, %al
+            0xe6, 0x30, // out %al, $0x30
+            0xf4, // hlt
+        ],
+    );
+    let second = machine.vm.create_vcpu(1)?;
+    // It waits, whatever its registers say, until it is started.
+    match second.run() {
+        Err(error) if error.errno() == libc::EINTR => {}
+        other => {
+            return Err(format!("it did not wait: {:?}", other.map(|m| machine::kind(&m))).into())
+        }
+    }
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Acquire) {
+                if interrupted_run(&machine).is_err() {
+                    break;
+                }
+            }
+        });
+        let outcome = machine::next_port_write_of(&second);
+        done.store(true, std::sync::atomic::Ordering::Release);
+        outcome
+    })?;
+    ensure!(outcome == (0x30, 0x77), "port {outcome:?}");
     Ok(())
 }
 
