@@ -7,8 +7,8 @@
 //!      │    ──► Intercept: memory, doorbells and resampling are finished here, the rest goes to the VMM
 //! ```
 //!
-//! A run ends after [`RUN_BOUND`] with `EINTR` in any case, because clients rely on that. Time that the root spends
-//! on memory for the guest does not count, up to [`EXTENSION`].
+//! A run ends after [`RUN_BOUND`] with `EINTR` in any case, because clients rely on that. It is the time in which
+//! the VP runs or sleeps: a machine that is slow or busy elsewhere does not keep it from getting anywhere.
 
 use core::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -29,10 +29,9 @@ use crate::abi::partition::{property, RegisterAssoc, VpRegisters};
 use crate::sys::{self, Alarm, IrqsOff, Pages, PreemptOff};
 
 /// Nanoseconds after which a run goes back to user space.
-const RUN_BOUND: u64 = 20_000_000;
-/// Nanoseconds by which a run may become longer: a guest whose first page takes longer than the bound to arrive
-/// still gets somewhere.
-const EXTENSION: u64 = 80_000_000;
+const RUN_BOUND: u64 = 50_000_000;
+/// Nanoseconds between two dispatches from which on they do not count as part of the run.
+const PAUSE: u64 = 1_000_000;
 /// No CPU.
 const NOWHERE: u32 = u32::MAX;
 /// Largest state that goes by page number.
@@ -181,25 +180,31 @@ impl Vp {
         mut bound: u64,
         armed: &mut Armed,
     ) -> Result<Message> {
-        let limit = bound.saturating_add(EXTENSION);
+        let mut stopped = sys::time();
         loop {
             sys::guest_mode_work()?;
-            if sys::time() >= bound {
+            let now = sys::time();
+            let pause = now.saturating_sub(stopped);
+            if pause > PAUSE {
+                bound = bound.saturating_add(pause);
+            }
+            if now >= bound {
                 return Err(EINTR);
             }
-            match self.dispatch(partition, bound, armed)? {
-                DispatchEvent::Interrupt | DispatchEvent::Deadline => {}
+            let event = self.dispatch(partition, bound, armed)?;
+            if matches!(event, DispatchEvent::Halted | DispatchEvent::WaitForSipi) {
+                self.sleep(bound, armed)?;
+            }
+            stopped = sys::time();
+            match event {
                 DispatchEvent::Signal => partition.scan_signals(),
-                DispatchEvent::Halted | DispatchEvent::WaitForSipi => self.sleep(bound, armed)?,
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
-                    let start = sys::time();
                     if let Some(message) = self.finish_intercept(partition)? {
                         return Ok(message);
                     }
-                    let spent = sys::time().saturating_sub(start);
-                    bound = bound.saturating_add(spent).min(limit);
                 }
+                _ => {}
             }
         }
     }

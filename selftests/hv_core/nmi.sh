@@ -3,6 +3,7 @@
 # No NMI is lost, wherever it arrives: in Linux, in a user program, in the image (a CPUID storm keeps the CPUs there).
 # Timeout: 120
 # Dmesg: (NMI backtrace|Sending NMI|Call Trace:|Modules linked in:)
+# Beds: svm vmx
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * kexec to a program of ours instead of a kernel. It runs where the next kernel would, looks whether the machine is native
- * (no Microsoft hypervisor in CPUID, the extension announced and off), prints two test points to COM2 and resets.
+ * (no Microsoft hypervisor in CPUID, the extension announced and off), prints two test points to COM2 and switches off.
  */
 #define _GNU_SOURCE
 #include <linux/kexec.h>
@@ -50,13 +50,18 @@ __asm__(".pushsection .rodata\n"
 	"	jmp 9f\n"
 	"8:	lea next_bad2(%rip), %rsi\n"
 	"	call next_print\n"
-	"9:	mov $0xcf9, %edx\n"		/* reset */
-	"	mov $2, %al\n"
-	"	out %al, %dx\n"
+	"9:	mov $0x2fd, %edx\n"		/* until all is sent */
+	"1:	in %dx, %al\n"
+	"	test $0x40, %al\n"
+	"	jz 1b\n"
+	"	mov $0x2000, %eax\n"		/* ACPI power-off: PM1a_CNT of Q35, of Bochs; then reset */
+	"	mov $0x604, %edx\n"
+	"	out %ax, %dx\n"
+	"	mov $0xb004, %edx\n"
+	"	out %ax, %dx\n"
+	"	mov $0xcf9, %edx\n"
 	"	mov $6, %al\n"
 	"	out %al, %dx\n"
-	"	mov $0xfe, %al\n"
-	"	out %al, $0x64\n"
 	"	hlt\n"
 	"	jmp 9b\n"
 	"next_print:\n"
