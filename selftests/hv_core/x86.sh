@@ -12,8 +12,11 @@ programs=$(dirname "$0")/../x86
 # One line for each program: its status, and how often it was content and was not.
 judge() {
 	for program in "$programs"/*; do
-		# QEMU now and then reports RF after this one's int3, natively in one run of twenty.
-		[ "$HV_BED ${program##*/}" != "svm sigreturn_64" ] || continue
+		# Natively, too: QEMU sets RF at an int3 in one run of twenty, and Bochs traps in the kernel's SYSENTER entry, which
+		# Linux warns of.
+		case "$HV_BED ${program##*/}" in
+		"svm sigreturn_64" | vmx*" single_step_syscall_64") continue ;;
+		esac
 		timeout 100 "$program" >/tmp/out 2>&1
 		echo "$(basename "$program") status $? ok $(grep -c -E '\[OK\]|^ok ' /tmp/out)" \
 			"not ok $(grep -c -E '\[FAIL\]|^not ok ' /tmp/out) skipped $(grep -c -E '\[SKIP\]|# SKIP' /tmp/out)"
