@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # The outside judge of transparency: the kernel's own tools/testing/selftests/x86 say the same natively and launched.
+# Beds: svm vmx
 # Timeout: 300
 # Dmesg: (segfault at|general protection|traps:|invalid opcode|process .* attempted|vsyscall|divide error|stack segment|alignment check)
 . "$(dirname "$0")/../ktap.sh"
