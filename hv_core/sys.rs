@@ -508,8 +508,13 @@ pub(crate) fn pin_pages(address: u64, write: bool, pages: &mut [PinnedPage]) -> 
     let pinned = unsafe {
         ffi::hv_sys_pin_pages(address as c_ulong, count, write, pages.as_mut_ptr().cast())
     };
+    let count = usize::try_from(pinned).unwrap_or(0);
+    // Also when it fails, the kernel may have written down pages that it let go again.
+    if let Some(rest) = pages.get_mut(count..) {
+        rest.fill(PinnedPage::NONE);
+    }
     kernel::error::to_result(pinned)?;
-    usize::try_from(pinned).map_err(|_| EFAULT)
+    Ok(count)
 }
 
 /// Lets pages of [`pin_pages`] go, marking them as written to if `dirty`.

@@ -164,8 +164,6 @@ impl Region {
                 return Err(EFAULT);
             }
         }
-        // What the kernel wrote behind the pinned pages means nothing.
-        chunk[begin + pinned..to.max(begin + pinned)].fill(PinnedPage::NONE);
         let pages = &mut chunk[begin..begin + pinned];
         let mapped = map_pages(partition, start + begin as u64, flags, pages);
         let done = *mapped.as_ref().unwrap_or_else(|(done, _)| done);
