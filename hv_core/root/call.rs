@@ -103,7 +103,7 @@ impl Calls {
     }
 
     /// A call with its parameters where the control word says.
-    pub(crate) fn raw(&self, control: u64, input: u64, output: u64) -> Answer {
+    fn raw(&self, control: u64, input: u64, output: u64) -> Answer {
         let answer = match self.vendor {
             Vendor::Vmx => sys::vmcall(control, input, output),
             Vendor::Svm => sys::vmmcall(control, input, output),
@@ -112,6 +112,21 @@ impl Calls {
             status: HvStatus(answer.result as u16),
             reps: ((answer.result >> 32) & 0xfff) as u16,
             value: answer.value,
+        }
+    }
+
+    /// A call with its parameters in memory, until all its repetitions are done or one fails: the image does a bounded
+    /// number of elements at a time and wants the call again for the rest (TLFS 3.7).
+    pub(crate) fn whole(&self, control: u64, input: u64, output: u64) -> Answer {
+        let count = Control(control).rep_count();
+        let mut control = control;
+        loop {
+            let answer = self.raw(control, input, output);
+            let start = Control(control).rep_start();
+            if !answer.status.is_success() || answer.reps >= count || answer.reps <= start {
+                return answer;
+            }
+            control = control & !(0xfff << 48) | u64::from(answer.reps) << 48;
         }
     }
 
@@ -150,17 +165,7 @@ impl Calls {
             );
             core::ptr::write_bytes(page.add(PAGE), 0, output.len());
         }
-        // The image does a bounded number of elements at a time and wants the call again for the rest (TLFS 3.7).
-        let count = Control(control).rep_count();
-        let mut control = control;
-        let answer = loop {
-            let answer = self.raw(control, pages.spa(), pages.spa() + PAGE as u64);
-            let start = Control(control).rep_start();
-            if !answer.status.is_success() || answer.reps >= count || answer.reps <= start {
-                break answer;
-            }
-            control = control & !(0xfff << 48) | u64::from(answer.reps) << 48;
-        };
+        let answer = self.whole(control, pages.spa(), pages.spa() + PAGE as u64);
         // SAFETY: as above.
         unsafe {
             core::ptr::copy_nonoverlapping(page.add(PAGE), output.as_mut_ptr(), output.len());

@@ -96,7 +96,7 @@ fn pass(winhv: &Winhv, pool: &Pool, code: u16, reps: u16, pages: &Pages) -> Pass
         } else {
             rep_control(code, reps, done)
         };
-        last = winhv.calls.raw(control, input, output);
+        last = winhv.calls.whole(control, input, output);
         Ok(last)
     });
     let result = result.and_then(|answer| errno(answer.status));
