@@ -5,6 +5,8 @@
 //! A region is cut into chunks of [`CHUNK`] pages. A chunk exists once a page of it is mapped; it holds the
 //! pinned pages. So a region costs nothing until it is used, whatever its size.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use kernel::mm::MmWithUser;
 use kernel::prelude::*;
 use kernel::rbtree::RBTree;
@@ -35,8 +37,15 @@ pub(crate) struct Region {
     writable: bool,
     executable: bool,
     chunks: RBTree<u64, Chunk>,
-    /// Pages mapped now.
-    mapped: u64,
+}
+
+/// How much there is. Read without the lock: who holds that may wait for the disk, or for a file system that the VMM
+/// itself serves.
+#[derive(Default)]
+pub(crate) struct Sizes {
+    pub(super) regions: AtomicU64,
+    pub(super) pages: AtomicU64,
+    pub(super) mapped: AtomicU64,
 }
 
 /// What came of an access that the child could not make.
@@ -74,7 +83,6 @@ impl Region {
             writable,
             executable,
             chunks: RBTree::new(),
-            mapped: 0,
         })
     }
 
@@ -169,7 +177,10 @@ impl Region {
         let done = *mapped.as_ref().unwrap_or_else(|(done, _)| done);
         // SAFETY: these could not be mapped.
         unsafe { unpin(&mut pages[done..], false) };
-        self.mapped += done as u64;
+        partition
+            .sizes
+            .mapped
+            .fetch_add(done as u64, Ordering::Relaxed);
         match mapped {
             Err((_, error)) if begin + done <= index => Err(error),
             _ => Ok(()),
@@ -178,8 +189,8 @@ impl Region {
 
     /// Takes all pages away from the child and lets them go. On an error they stay pinned for ever: the child may
     /// still reach them.
-    pub(super) fn unmap(mut self, partition: &Partition) -> Result<u64> {
-        let mapped = self.mapped;
+    pub(super) fn unmap(mut self, partition: &Partition) -> Result {
+        let mut mapped = 0;
         for (number, chunk) in self.chunks.iter() {
             let first = self.start + number * CHUNK as u64;
             let mut index = 0;
@@ -191,6 +202,7 @@ impl Region {
                     ..Default::default()
                 };
                 let count = run.len() as u16;
+                mapped += u64::from(count);
                 let answer =
                     partition.rep(code::UNMAP_GPA_PAGES, count, [bytes(&head), &[]], &mut [])?;
                 match errno(answer.status) {
@@ -211,7 +223,11 @@ impl Region {
             partition.flush();
         }
         self.release();
-        Ok(mapped)
+        let sizes = &partition.sizes;
+        sizes.mapped.fetch_sub(mapped, Ordering::Relaxed);
+        sizes.regions.fetch_sub(1, Ordering::Relaxed);
+        sizes.pages.fetch_sub(self.pages, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Lets the pages go; the child cannot reach them any more.
@@ -225,7 +241,6 @@ impl Region {
                 unsafe { unpin(&mut chunk[run], dirty) };
             }
         }
-        self.mapped = 0;
     }
 }
 
@@ -312,7 +327,7 @@ impl Memory {
     }
 
     /// Adds a region; `EEXIST` if it overlaps one.
-    pub(super) fn add(&mut self, region: Region) -> Result {
+    pub(super) fn add(&mut self, partition: &Partition, region: Region) -> Result {
         // The last that starts inside it or before it decides.
         if let Some(start) = self.start_before(region.end() - 1) {
             if self
@@ -323,8 +338,11 @@ impl Memory {
                 return Err(EEXIST);
             }
         }
+        let pages = region.pages;
         self.regions
             .try_create_and_insert(region.start, region, GFP_KERNEL_ACCOUNT)?;
+        partition.sizes.regions.fetch_add(1, Ordering::Relaxed);
+        partition.sizes.pages.fetch_add(pages, Ordering::Relaxed);
         Ok(())
     }
 
@@ -375,15 +393,6 @@ impl Memory {
         for region in self.regions.values_mut() {
             region.release();
         }
-    }
-
-    /// Regions, their pages, and the pages mapped.
-    pub(super) fn sizes(&self) -> (u64, u64, u64) {
-        self.regions
-            .values()
-            .fold((0, 0, 0), |(regions, pages, mapped), region| {
-                (regions + 1, pages + region.pages, mapped + region.mapped)
-            })
     }
 
     /// Access bits of `count` pages from `gfn` on, which fit `bits`. While nothing is tracked, every page of a

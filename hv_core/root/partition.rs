@@ -16,7 +16,7 @@ use kernel::transmute::{AsBytes, FromBytes};
 use super::call::{errno, rep_control, Answer};
 use super::doorbell::Doorbells;
 use super::interrupt::Interrupts;
-use super::memory::{AccessQuery, Fault, Memory, Region};
+use super::memory::{AccessQuery, Fault, Memory, Region, Sizes};
 use super::pool::Pool;
 use super::vp::{property_input, Vp};
 use super::Winhv;
@@ -48,6 +48,7 @@ pub(crate) struct Partition {
     life: Mutex<Life>,
     #[pin]
     pub(super) memory: Mutex<Memory>,
+    pub(super) sizes: Sizes,
     #[pin]
     pub(super) doorbells: Mutex<Doorbells>,
     #[pin]
@@ -148,6 +149,7 @@ impl Partition {
                 pool <- Pool::new(*id),
                 life <- new_mutex!(Life { initialized: false }),
                 memory <- new_mutex!(Memory::new()),
+                sizes: Sizes::default(),
                 doorbells <- new_mutex!(Doorbells::new()),
                 interrupts <- new_mutex!(Interrupts::new()),
                 vps,
@@ -344,7 +346,7 @@ impl Partition {
         self.check_caller()?;
         let current = current!();
         region.check_source(current.mm().ok_or(EINVAL)?)?;
-        self.memory.lock().add(region)
+        self.memory.lock().add(self, region)
     }
 
     /// Takes a region away again: afterwards no VP can reach it.
@@ -352,8 +354,7 @@ impl Partition {
         let _life = self.life.lock();
         self.check_caller()?;
         let region = self.memory.lock().remove(start, pages, address)?;
-        region.unmap(self)?;
-        Ok(())
+        region.unmap(self)
     }
 
     /// Guest memory at page `gfn` is missing, or does not allow an access of this kind.
@@ -407,13 +408,12 @@ impl Partition {
             comma = ",";
             vp.print(seq);
         }
-        let (regions, pages, mapped) = self.memory.lock().sizes();
         seq_print!(
             seq,
             "],\"regions\":{},\"region_pages\":{},\"mapped_pages\":{},\"deposited_pages\":{}}}",
-            regions,
-            pages,
-            mapped,
+            self.sizes.regions.load(Ordering::Relaxed),
+            self.sizes.pages.load(Ordering::Relaxed),
+            self.sizes.mapped.load(Ordering::Relaxed),
             self.pool.len()
         );
     }
