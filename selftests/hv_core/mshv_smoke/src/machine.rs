@@ -128,27 +128,8 @@ impl Machine {
             flags: 3,
             ..Default::default()
         })?;
-        let mut segments = [
-            hv_register_name_HV_X64_REGISTER_CS,
-            hv_register_name_HV_X64_REGISTER_DS,
-            hv_register_name_HV_X64_REGISTER_SS,
-        ]
-        .map(|name| hv_register_assoc {
-            name,
-            ..Default::default()
-        });
-        vcpu.get_reg(&mut segments)?;
-        for segment in &mut segments {
-            segment.value.segment.base = 0;
-            segment.value.segment.selector = 0;
-        }
-        vcpu.set_reg(&segments)?;
-        let machine = Self { vcpu, vm, memory };
-        machine.set(&[
-            (hv_register_name_HV_X64_REGISTER_RIP, 0x1000),
-            (hv_register_name_HV_X64_REGISTER_RFLAGS, 2),
-        ])?;
-        Ok(machine)
+        prepare(&vcpu)?;
+        Ok(Self { vcpu, vm, memory })
     }
 
     /// Sets registers.
@@ -167,8 +148,34 @@ impl Machine {
     }
 }
 
+/// Lets a VP start at 0:0x1000.
+pub fn prepare(vcpu: &VcpuFd) -> Result<()> {
+    let mut segments = [
+        hv_register_name_HV_X64_REGISTER_CS,
+        hv_register_name_HV_X64_REGISTER_DS,
+        hv_register_name_HV_X64_REGISTER_SS,
+    ]
+    .map(|name| hv_register_assoc {
+        name,
+        ..Default::default()
+    });
+    vcpu.get_reg(&mut segments)?;
+    for segment in &mut segments {
+        segment.value.segment.base = 0;
+        segment.value.segment.selector = 0;
+    }
+    vcpu.set_reg(&segments)?;
+    set(
+        vcpu,
+        &[
+            (hv_register_name_HV_X64_REGISTER_RIP, 0x1000),
+            (hv_register_name_HV_X64_REGISTER_RFLAGS, 2),
+        ],
+    )
+}
+
 /// Sets registers of a VP.
-fn set(vcpu: &VcpuFd, registers: &[(u32, u64)]) -> Result<()> {
+pub fn set(vcpu: &VcpuFd, registers: &[(u32, u64)]) -> Result<()> {
     let registers: Vec<_> = registers
         .iter()
         .map(|(name, value)| hv_register_assoc {

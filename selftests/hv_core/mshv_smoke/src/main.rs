@@ -2,29 +2,35 @@
 //! Checks of `/dev/mshv`: each argument is the name of one check; without one, all names are listed. A check that
 //! fails says why and ends the program with status 1. `selftests/hv_core/mshv.sh` runs them in a bed's guest.
 
-mod machine;
-
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use machine::{errno, ioctl, Machine, Memory};
 use mshv_bindings::*;
 use mshv_ioctls::{InterruptRequest, Mshv};
+use mshv_smoke::machine::{self, errno, ioctl, Machine, Memory};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 14] = [
+const CHECKS: [Check; 16] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
     ),
     ("wrong_arguments_are_refused", wrong_arguments_are_refused),
     ("wrong_memory_is_refused", wrong_memory_is_refused),
+    (
+        "long_lists_are_done_to_the_end",
+        long_lists_are_done_to_the_end,
+    ),
+    (
+        "memory_changes_beneath_running_vps",
+        memory_changes_beneath_running_vps,
+    ),
     (
         "guest_memory_appears_when_touched",
         guest_memory_appears_when_touched,
@@ -62,19 +68,23 @@ const CHECKS: [Check; 14] = [
 /// What `killed_owner_leaves_nothing` starts itself as.
 const VICTIM: &str = "victim";
 
+/// What scripts call with more around it: [`killed_owners`], [`starved`].
+const PARTS: [Check; 3] = [
+    (VICTIM, victim),
+    ("killed_owners", killed_owners),
+    ("starved", starved),
+];
+
 fn main() -> ExitCode {
     let names: Vec<String> = std::env::args().skip(1).collect();
     if names.is_empty() {
         CHECKS.iter().for_each(|(name, _)| println!("{name}"));
     }
     for name in names {
-        let check = match CHECKS.iter().find(|(known, _)| *known == name) {
-            Some((_, check)) => *check,
-            None if name == VICTIM => victim,
-            None => {
-                eprintln!("no check {name}");
-                return ExitCode::from(2);
-            }
+        let mut all = CHECKS.iter().chain(&PARTS);
+        let Some((_, check)) = all.find(|(known, _)| *known == name) else {
+            eprintln!("no check {name}");
+            return ExitCode::from(2);
         };
         if let Err(error) = check() {
             eprintln!("{name}: {error}");
@@ -283,6 +293,139 @@ fn wrong_memory_is_refused() -> Outcome {
         errno(attempt(region(0x4000, 0x10, at, 4))) == libc::ENOENT,
         "unmap twice"
     );
+    Ok(())
+}
+
+/// The image does a part of a long list at a time; clients get the whole.
+fn long_lists_are_done_to_the_end() -> Outcome {
+    const COUNT: usize = 200;
+    let machine = Machine::new(&[0xf4])?;
+    machine.set(&[(hv_register_name_HV_X64_REGISTER_RBX, 0x1234_5678)])?;
+    let mut input = [0u32; 4 + COUNT];
+    input[4..].fill(hv_register_name_HV_X64_REGISTER_RBX);
+    let mut output = [[0u64; 2]; COUNT];
+    let mut call = mshv_root_hvcall {
+        code: 0x50,
+        reps: COUNT as u16,
+        in_sz: size_of_val(&input) as u16,
+        out_sz: size_of_val(&output) as u16,
+        in_ptr: input.as_ptr() as u64,
+        out_ptr: output.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    ioctl(machine.vcpu.as_raw_fd(), 0xc020_b807, &raw mut call as u64)?;
+    ensure!(usize::from(call.reps) == COUNT, "{} done", call.reps);
+    ensure!(output == [[0x1234_5678, 0]; COUNT], "values");
+    Ok(())
+}
+
+/// Pages mapped to all partitions.
+fn mapped_pages() -> io::Result<u64> {
+    let status = std::fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
+    let numbers = status.split("\"mapped_pages\":").skip(1);
+    Ok(numbers
+        .filter_map(|rest| rest.split(',').next()?.parse::<u64>().ok())
+        .sum())
+}
+
+/// Two VPs write to all pages of a window, over and over; meanwhile regions in it come, go and are refused where they
+/// overlap. What is taken away is not written to any more, although the VPs try.
+fn memory_changes_beneath_running_vps() -> Outcome {
+    /// First page and pages of the window, which lies above what the code is in.
+    const FIRST: u64 = 0x10;
+    const PAGES: u64 = 0x80;
+    /// Length of the instruction that writes.
+    const INCREMENT_BYTES: u64 = 4;
+    #[rustfmt::skip]
+    let code = [
+        0xb8, 0x00, 0x10,       // mov $0x1000, %ax     the window's first segment
+        0x8e, 0xd8,             // 1: mov %ax, %ds
+        0xfe, 0x06, 0x00, 0x00, // incb 0
+        0x05, 0x00, 0x01,       // add $0x100, %ax      next page
+        0x3d, 0x00, 0x90,       // cmp $0x9000, %ax     behind the window
+        0x75, 0xf2,             // jne 1b
+        0xeb, 0xed,             // jmp to the start
+    ];
+    let machine = Machine::new(&code)?;
+    let second = machine.vm.create_vcpu(1)?;
+    machine::prepare(&second)?;
+    // Without INIT and SIPI.
+    second.set_reg(&[hv_register_assoc {
+        name: hv_register_name_HV_REGISTER_INTERNAL_ACTIVITY_STATE,
+        ..Default::default()
+    }])?;
+    let memory = Memory::new(PAGES as usize * 4096)?;
+    let rest = mapped_pages()?;
+    let region = |first: u64, pages: u64, flags: u8| mshv_user_mem_region {
+        size: pages * 4096,
+        guest_pfn: FIRST + first,
+        userspace_addr: memory.address() + first * 4096,
+        flags,
+        ..Default::default()
+    };
+    let attempt = |r: mshv_user_mem_region| {
+        errno(ioctl(
+            machine.vm.as_raw_fd(),
+            0x4020_b802,
+            &raw const r as u64,
+        ))
+    };
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let is_done = || done.load(std::sync::atomic::Ordering::Acquire);
+    // A write to a page that is not there ends the run; the next page may be there.
+    let keep_running = |vcpu: &mshv_ioctls::VcpuFd| -> Result<(), String> {
+        while !is_done() {
+            match vcpu.run() {
+                Ok(message) if machine::kind(&message) == hv_message_type_HVMSG_UNMAPPED_GPA => {
+                    let info = message
+                        .to_memory_info()
+                        .map_err(|error| error.to_string())?;
+                    let next = info.header.rip + INCREMENT_BYTES;
+                    machine::set(vcpu, &[(hv_register_name_HV_X64_REGISTER_RIP, next)])
+                        .map_err(|error| error.to_string())?;
+                }
+                Err(error) if error.errno() == libc::EINTR => {}
+                Ok(message) => return Err(format!("message {:#x}", machine::kind(&message))),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let runners = [&machine.vcpu, &second].map(|vcpu| scope.spawn(|| keep_running(vcpu)));
+        let outcome = (|| -> Outcome {
+            for turn in 0..200u64 {
+                let pages = 1 << (turn % 4);
+                let first = turn * 11 % (PAGES - 16);
+                ensure!(attempt(region(first, pages, 3)) == 0, "turn {turn}: map");
+                let over = attempt(region(first.saturating_sub(1), pages + 2, 3));
+                ensure!(over == libc::EEXIST, "turn {turn}: overlap {over}");
+                // In every fourth turn the guest surely uses it.
+                while turn % 4 == 0 && memory.read(first as usize * 4096) == 0 {
+                    ensure!(!runners.iter().any(|r| r.is_finished()), "a VP stopped");
+                    std::thread::yield_now();
+                }
+                ensure!(attempt(region(first, pages, 4)) == 0, "turn {turn}: unmap");
+                for page in first..first + pages {
+                    memory.write(page as usize * 4096, &[0]);
+                }
+            }
+            Ok(())
+        })();
+        // From here on nothing is mapped, and the VPs still try.
+        let late = (0..5).all(|_| {
+            std::thread::yield_now();
+            (0..PAGES).all(|page| memory.read(page as usize * 4096) == 0)
+        });
+        done.store(true, std::sync::atomic::Ordering::Release);
+        for runner in runners {
+            runner.join().map_err(|_| "thread")??;
+        }
+        outcome?;
+        ensure!(late, "a page was written to after it was taken away");
+        Ok::<_, Box<dyn std::error::Error>>(())
+    })?;
+    ensure!(mapped_pages()? <= rest + 10, "pages stay mapped");
     Ok(())
 }
 
@@ -687,6 +830,72 @@ fn killed_owner_leaves_nothing() -> Outcome {
     child.wait()?;
     ensure!(partitions()? == before, "the partition is still there");
     Ok(())
+}
+
+/// Many processes whose VPs run are killed; what they had is free again, to the last page. How many is in `KILLS`.
+fn killed_owners() -> Outcome {
+    let kills: usize = std::env::var("KILLS")?.parse()?;
+    for _ in 0..kills {
+        killed_owner_leaves_nothing()?;
+    }
+    // Else each CPU has some of the numbers.
+    std::fs::write("/proc/sys/vm/stat_refresh", "1")?;
+    let text = std::fs::read_to_string("/proc/vmstat")?;
+    let count = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|number| number.trim().parse::<u64>().ok())
+            .ok_or("no such counter")
+    };
+    let (pinned, released) = (
+        count("nr_foll_pin_acquired ")?,
+        count("nr_foll_pin_released ")?,
+    );
+    ensure!(
+        pinned == released && pinned as usize >= kills,
+        "{pinned} pages pinned, {released} let go"
+    );
+    Ok(())
+}
+
+/// Partitions with VPs and memory, until there is no memory for one more. Prints how far it came: 0 for no partition.
+fn starved() -> Outcome {
+    let mut all = Vec::new();
+    let error = loop {
+        match starved_machine(&all) {
+            Ok(machine) => all.push(machine),
+            Err(error) => break error,
+        }
+        ensure!(all.len() < 200, "there is no limit");
+    };
+    let count = all.len();
+    // Printing needs memory, too.
+    drop(all);
+    println!("{count} machines");
+    ensure!(error.raw_os_error() == Some(libc::ENOMEM), "{error}");
+    Ok(())
+}
+
+/// One more partition, as plain descriptors.
+fn starved_machine(all: &[[OwnedFd; 4]]) -> io::Result<[OwnedFd; 4]> {
+    let own = |number: i32| {
+        // SAFETY: the kernel gave us the descriptor just now.
+        unsafe { OwnedFd::from_raw_fd(number) }
+    };
+    let device = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/mshv")?;
+    let create = [7u64, 0];
+    let partition = own(ioctl(
+        device.as_raw_fd(),
+        0x4010_b800,
+        create.as_ptr() as u64,
+    )?);
+    ioctl(partition.as_raw_fd(), 0xb800, 0)?;
+    let vp = |index: u32| ioctl(partition.as_raw_fd(), 0x4004_b801, &raw const index as u64);
+    // Which of the two does not fit differs.
+    let (first, second) = (vp(0)?, vp(all.len() as u32 + 1)?);
+    Ok([device.into(), own(first), own(second), partition])
 }
 
 fn victim() -> Outcome {
