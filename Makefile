@@ -3,7 +3,7 @@
 # KDIR=... builds the modules for another kernel tree. The kernel's own build files are Kbuild and hv_core/Kbuild.
 
 .DEFAULT_GOAL := modules
-.PHONY: help setup all modules install demo test lint clean
+.PHONY: help setup all modules install demo test fuzz-mshv lint clean
 
 SETUP := tools/build/setup
 IN := tools/build/in-root
@@ -12,10 +12,13 @@ KBUILD = $(IN) sh -c '$(MAKE) -s -C "$$KDIR" M=$(CURDIR)
 # A bed, a test (or a list with commas) for `make test`; empty for all.
 BED :=
 TEST :=
+# Length and first number of `make fuzz-mshv`; an empty seed is a new one each time.
+FUZZ_SECONDS := 600
+FUZZ_SEED :=
 export KDIR HV_CACHE HV_SERIES HV_MIRROR
 
 help: ## Lists the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: ## Makes the Debian root and the kernel build tree in the cache (once, 5 minutes)
 	@$(SETUP)
@@ -35,6 +38,10 @@ demo: modules ## Boots a Debian root that launches the hypervisor and boots a st
 
 test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs one test on one bed
 	@$(IN) selftests/run $(if $(BED)$(TEST),--bed "$(BED)" --test "$(TEST)",--host)
+
+fuzz-mshv: modules ## Random ioctls on /dev/mshv for FUZZ_SECONDS; what it found is found again with FUZZ_SEED
+	@$(IN) selftests/run --bed "$(or $(BED),svm)" --test mshv_fuzz --timeout $$(($(FUZZ_SECONDS) * 2 + 120)) \
+		--kernel "fuzz_seconds=$(FUZZ_SECONDS) fuzz_seed=$(FUZZ_SEED)"
 
 lint: setup ## Checks the form of the sources
 	@$(IN) sh -c 'find hv_core tools selftests -name "*.rs" | xargs rustfmt --check --config-path .'

@@ -1,0 +1,67 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# Random ioctls on /dev/mshv: no warning, no leak, the image lives. A fixed number of rounds from a fixed seed; `make
+# fuzz-mshv` gives a time instead (fuzz_seconds) and a seed (fuzz_seed), a new one if empty. To see a finding again:
+# fuzz_first is the round that the kernel log named, fuzz_rounds=1 does it alone.
+# Beds: svm vmx
+# Boot: own
+# Timeout: 240
+. "$(dirname "$0")/../ktap.sh"
+. "$(dirname "$0")/../launch.sh"
+
+fuzz="$(dirname "$0")/mshv_fuzz"
+[ -x "$fuzz" ] || ktap_skip_all "mshv_fuzz was not built"
+case $HV_BED in
+svm) rounds=${fuzz_rounds:-12} ;;
+*) rounds=${fuzz_rounds:-4} ;;
+esac
+if [ -n "${fuzz_seconds:-}" ]; then
+	length="seconds=$fuzz_seconds"
+	seed=${fuzz_seed:-$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}
+else
+	length="rounds=$rounds"
+	seed=${fuzz_seed:-1}
+fi
+
+# See leave.sh: free memory with what the kernel gives back on demand, then the slab that it cannot give back, in KiB.
+memory() {
+	sync
+	echo 3 >/proc/sys/vm/drop_caches
+	sleep 2
+	awk '$1 == "count:" { free += $2 * 4 } /^(MemFree|Cached|Buffers|SReclaimable):/ { free += $2 } /^SUnreclaim:/ { slab = $2 } END { print free, slab }' /proc/meminfo /proc/zoneinfo
+}
+# What the image holds for itself goes back when the module is unloaded: the memory before and after contains no image.
+nothing_leaked() {
+	local free slab free_after slab_after
+	read -r free slab </tmp/memory.before
+	read -r free_after slab_after </tmp/memory.after
+	echo "free $free, then $free_after KiB; slab $slab, then $slab_after KiB"
+	[ $((free - free_after)) -lt 1024 ] && [ $((slab_after - slab)) -lt 1024 ]
+}
+no_partition_is_left() { grep -o '"partitions":\[[^]]*\]' $status_file && grep -q '"partitions":\[\]' $status_file; }
+image_holds_as_much_as_before() { echo "$1, then $(status pool_used_bytes)" && [ "$(status pool_used_bytes)" = "$1" ]; }
+no_page_is_pinned() {
+	echo 1 >/proc/sys/vm/stat_refresh # else each CPU has some of the numbers
+	awk '/^nr_foll_pin_acquired / { a = $2 } /^nr_foll_pin_released / { r = $2 } END { print a, r; exit a != r }' /proc/vmstat
+}
+log_is_quiet() { ! log_since | grep -E -f "$(dirname "$0")/../bad-log"; }
+
+ktap_print_header
+ktap_set_plan 9
+# What is allocated once.
+modprobe hv_core && "$fuzz" seed=2 rounds=2 >/dev/null && modprobe -r hv_core
+memory >/tmp/memory.before
+mark
+ktap_test_result "module_loads" modprobe hv_core
+"$fuzz" seed=3 rounds=1 >/dev/null
+used=$(status pool_used_bytes)
+ktap_test_result "random_calls_do_no_harm" "$fuzz" "seed=$seed" "first=${fuzz_first:-0}" "$length"
+ktap_test_result "no_partition_is_left" no_partition_is_left
+ktap_test_result "image_holds_as_much_as_before" image_holds_as_much_as_before "$used"
+ktap_test_result "no_page_is_pinned" no_page_is_pinned
+ktap_test_result "cpus_are_beneath_the_image" cpus_are launched
+ktap_test_result "module_unloads" modprobe -r hv_core
+ktap_test_result "kernel_log_is_quiet" log_is_quiet
+memory >/tmp/memory.after
+ktap_test_result "nothing_leaked" nothing_leaked
+ktap_finished
