@@ -148,6 +148,7 @@ pub fn reset(area: &mut [u8; BYTES]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// As on processors with AVX, AVX-512 and protection keys.
     fn component(bit: u32) -> Component {
@@ -229,6 +230,93 @@ mod tests {
                 "{offset} {value:#x}"
             );
             assert_eq!(to, [7; BYTES]);
+        }
+    }
+
+    /// Areas whose header is right, nearly right, or anything.
+    fn any_area() -> impl Strategy<Value = [u8; BYTES]> {
+        let bits = || prop_oneof![Just(0), any::<u64>().prop_map(|v| v & 0x2e7), any::<u64>()];
+        let form = (any::<bool>(), bits()).prop_map(|(set, bits)| bits | u64::from(set) << 63);
+        let rest = prop_oneof![8 => Just(0), 1 => any::<u64>()];
+        let mxcsr = prop_oneof![Just(0x1f80), any::<u32>()];
+        (any::<u64>(), bits(), form, rest, mxcsr).prop_map(|(seed, used, form, rest, mxcsr)| {
+            let mut area = [0; BYTES];
+            let mut state = seed;
+            for byte in &mut area {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                *byte = (state >> 56) as u8;
+            }
+            put(&mut area, XSTATE_BV, used);
+            put(&mut area, XCOMP_BV, form);
+            area[XCOMP_BV + 8..EXTENDED].fill(0);
+            put(&mut area, XCOMP_BV + 8 + (seed as usize % 6) * 8, rest);
+            area[MXCSR..MXCSR + 4].copy_from_slice(&u32::to_le_bytes(mxcsr));
+            area
+        })
+    }
+
+    /// Components where a processor, or a broken one, could say they are.
+    fn any_components() -> impl Strategy<Value = Vec<Component>> {
+        let broken = (0..2 * BYTES, 0..2 * BYTES, any::<bool>());
+        let broken = broken.prop_map(|(offset, size, aligned)| Component {
+            offset,
+            size,
+            aligned,
+        });
+        prop_oneof![
+            4 => Just((0..64).map(component).collect()),
+            1 => prop::collection::vec(broken, 64),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_accepted_can_be_loaded_and_comes_back(
+            area in any_area(),
+            mask in any::<u64>().prop_map(|v| v & 0x2e7 | LEGACY),
+            components in any_components(),
+        ) {
+            let component = |bit: u32| components[bit as usize];
+            let mut to = [7; BYTES];
+            if expand(&area, &mut to, mask, component).is_err() {
+                prop_assert_eq!(to, [7; BYTES]);
+                return Ok(());
+            }
+            // What XRSTOR checks (SDM 13.8.1).
+            prop_assert_eq!(get(&to, XSTATE_BV) & !mask, 0);
+            prop_assert_eq!(get(&to, XCOMP_BV), 0);
+            prop_assert!(to[XCOMP_BV + 8..EXTENDED].iter().all(|byte| *byte == 0));
+            prop_assert_eq!(get(&to, MXCSR) as u32 & MXCSR_RESERVED, 0);
+            let used = get(&area, XSTATE_BV) & !LEGACY;
+            if get(&area, XCOMP_BV) & COMPACTED != 0 && components[2] == super::tests::component(2) {
+                // Where the compacted form has each component, step by step.
+                prop_assert_eq!(used & !get(&area, XCOMP_BV), 0);
+                let mut offset = EXTENDED;
+                for bit in (2..63).filter(|bit| get(&area, XCOMP_BV) >> bit & 1 != 0) {
+                    let c = component(bit);
+                    offset = if c.aligned { (offset + 63) / 64 * 64 } else { offset };
+                    if used >> bit & 1 != 0 {
+                        prop_assert_eq!(&to[c.offset..c.offset + c.size], &area[offset..offset + c.size]);
+                    }
+                    offset += c.size;
+                }
+            }
+            let mut compacted = [0; BYTES];
+            if compact(&to, &mut compacted, mask, component).is_err() {
+                return Ok(());
+            }
+            let mut back = [0; BYTES];
+            prop_assert!(expand(&compacted, &mut back, mask, component).is_ok());
+            prop_assert_eq!(&back[..XSTATE_BV], &to[..XSTATE_BV]);
+            prop_assert_eq!(get(&back, XSTATE_BV), get(&to, XSTATE_BV) | 2);
+            if components[2] == super::tests::component(2) {
+                for bit in (2..63).filter(|bit| get(&to, XSTATE_BV) >> bit & 1 != 0) {
+                    let c = component(bit);
+                    prop_assert_eq!(&back[c.offset..c.offset + c.size], &to[c.offset..c.offset + c.size]);
+                }
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use hv_image::child_msr::{
 use hv_image::messages;
 use hv_image::register_page::{absorb, fill, RegisterPage};
 use hv_image::registers::{name, reset, Registers, SetGroup};
-use hv_image::translate::{control, fetch_instruction, gva_page, translate};
+use hv_image::translate::{control, fetch_instruction, gva_page, linear_rip, translate};
 use hv_image::vp_state::{Effect, HostFacts, PartitionState, VpState, XSAVE_BYTES};
 use proptest::prelude::*;
 
@@ -541,6 +541,51 @@ proptest! {
             memory(at, to).then_some(())
         });
         prop_assert!(exempt.0 <= 4 && exempt.0 != 2);
+    }
+
+    #[test]
+    fn fetched_bytes_are_those_that_each_address_translates_to(
+        mut m in machine(),
+        cr0 in value(),
+        cr3 in value(),
+        cr4 in value(),
+        efer in value(),
+        rip in prop_oneof![value(), value().prop_map(|v| v | 0xff0)],
+        tables in any::<u64>(),
+    ) {
+        m.vp.cr0 = cr0;
+        m.vp.cr3 = cr3;
+        m.vp.cr4 = cr4;
+        m.vp.efer = efer;
+        m.vp.rip = rip;
+        // Every page but some is there, and is a table that one can walk.
+        let memory = |at: u64, to: &mut [u8]| {
+            for (address, byte) in (at..).zip(to.iter_mut()) {
+                let mix = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ tables;
+                *byte = match address & 7 {
+                    0 => (mix >> 32) as u8 | 1,
+                    1..=4 => (mix >> 32) as u8,
+                    _ => 0,
+                };
+            }
+            ((at >> 12) % 7 != tables % 7).then_some(())
+        };
+        let mut expected = Vec::new();
+        for offset in 0..16 {
+            let address = linear_rip(&m.vp).wrapping_add(offset);
+            let flags = control::VALIDATE_EXECUTE | control::PRIVILEGE_EXEMPT;
+            let mut byte = [0];
+            let read = translate(&m.vp, address, flags, &mut { memory })
+                .ok()
+                .and_then(|gpa| memory(gpa, &mut byte));
+            if read.is_none() {
+                break;
+            }
+            expected.push(byte[0]);
+        }
+        let mut bytes = [0; 16];
+        let count = usize::from(fetch_instruction(&m.vp, &mut bytes, memory));
+        prop_assert_eq!(&bytes[..count], &expected[..]);
     }
 
     #[test]

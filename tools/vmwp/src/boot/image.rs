@@ -163,6 +163,7 @@ fn parse(start: &[u8]) -> std::result::Result<setup_header, String> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::Write;
     use vm_memory::Bytes;
     use vmm_sys_util::tempfile::TempFile;
@@ -252,5 +253,46 @@ pub(crate) mod tests {
             .unwrap_err()
             .to_string();
         assert!(e.contains("kernel /nonexistent/vmlinuz"), "{e}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        /// Whatever its header says, a file is refused or lies where `place` said, and nothing else changed.
+        #[test]
+        fn no_header_writes_elsewhere(
+            changes in prop::collection::vec((0x1f0_usize..0x280, any::<u8>()), 0..3),
+            setup_sects in prop_oneof![4 => Just(1), 1 => 0..8_u8],
+            init_size in prop_oneof![Just(0x20_0000), 0..0x4000_u32, any::<u32>()],
+            pref_address in prop_oneof![Just(0x100_0000), 0..32 * MIB, any::<u64>()],
+            payload in 0usize..0x3000,
+            memory in 16u64..24,
+        ) {
+            let mut image = bzimage(payload);
+            image[0x1f1] = setup_sects;
+            image[0x258..0x260].copy_from_slice(&pref_address.to_le_bytes());
+            image[0x260..0x264].copy_from_slice(&init_size.to_le_bytes());
+            for (at, value) in changes {
+                image[at] = value;
+            }
+            let Ok(kernel) = open(&image) else {
+                return Ok(());
+            };
+            let Ok(at) = kernel.place(memory * MIB) else {
+                return Ok(());
+            };
+            let end = at + kernel.init_size();
+            prop_assert!(at >= HIGH_MEMORY && end <= memory * MIB);
+            let size = (memory * MIB) as usize;
+            let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap();
+            if kernel.load(&mem, at).is_ok() {
+                let mut all = vec![0; size];
+                mem.read_slice(&mut all, GuestAddress(0)).unwrap();
+                let zeros = vec![0; size];
+                let (at, end) = (at as usize, end as usize);
+                prop_assert!(all[..at] == zeros[..at], "before {:#x}", at);
+                prop_assert!(all[end..] == zeros[end..], "behind {:#x}", end);
+            }
+        }
     }
 }
