@@ -49,11 +49,11 @@ log_is_quiet() { ! log_since | grep -E -f "$(dirname "$0")/../bad-log"; }
 ktap_print_header
 ktap_set_plan 9
 # What is allocated once.
-modprobe hv_core && "$fuzz" seed=2 rounds=2 >/dev/null && modprobe -r hv_core
+modprobe hv_core && { "$fuzz" seed=2 rounds=2 >/dev/null 2>&1; modprobe -r hv_core; }
 memory >/tmp/memory.before
 mark
 ktap_test_result "module_loads" modprobe hv_core
-"$fuzz" seed=3 rounds=1 >/dev/null
+"$fuzz" seed=3 rounds=1 >/dev/null 2>&1
 used=$(status pool_used_bytes)
 ktap_test_result "random_calls_do_no_harm" "$fuzz" "seed=$seed" "first=${fuzz_first:-0}" "$length"
 ktap_test_result "no_partition_is_left" no_partition_is_left
