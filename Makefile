@@ -18,7 +18,7 @@ FUZZ_SEED :=
 export KDIR HV_CACHE HV_SERIES HV_MIRROR
 
 help: ## Lists the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: ## Makes the Debian root and the kernel build tree in the cache (once, 5 minutes)
 	@$(SETUP)
