@@ -15,8 +15,6 @@ use crate::x86::store::{decode_store, Mode, Source};
 const MOST: usize = 65536;
 /// HV_X64_REGISTER_RAX; the general registers follow in their order.
 const REGISTER_RAX: u32 = 0x2_0000;
-/// HV_X64_REGISTER_RIP.
-const REGISTER_RIP: u32 = 0x2_0010;
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
 
@@ -109,19 +107,20 @@ impl Partition {
         self.doorbells.lock().remove(like)
     }
 
-    /// A VP wrote to guest-physical memory that is not there. True if that was a doorbell and it has been rung.
-    pub(super) fn ring_memory_doorbell(&self, vp: &Vp, message: &Message) -> Result<bool> {
+    /// A VP wrote to guest-physical memory that is not there. If that was a doorbell, it has been rung, and the length of
+    /// the instruction is returned.
+    pub(super) fn ring_memory_doorbell(&self, vp: &Vp, message: &Message) -> Result<Option<u8>> {
         let bells = self.doorbells.lock();
         let bells = bells.at(false, quad(message, PAYLOAD + 56));
         if bells.is_empty() || quad(message, PAYLOAD + 32) & TRAP_FLAG != 0 {
-            return Ok(false);
+            return Ok(None);
         }
         let count = usize::from(message[PAYLOAD + 44]).min(16);
         let bytes = message
             .get(PAYLOAD + 64..PAYLOAD + 64 + count)
             .unwrap_or(&[]);
         let Some(store) = decode_store(bytes, mode(message)) else {
-            return Ok(false);
+            return Ok(None);
         };
         let Some(bell) = pick(bells, u32::from(store.size), || {
             let register = match store.source {
@@ -133,22 +132,21 @@ impl Partition {
             Ok(store.value(register))
         })?
         else {
-            return Ok(false);
+            return Ok(None);
         };
         bell.event.signal();
-        self.step_over(vp, message, u64::from(store.length))?;
-        Ok(true)
+        Ok(Some(store.length))
     }
 
-    /// A VP did port I/O. True if that was a doorbell and it has been rung.
-    pub(super) fn ring_port_doorbell(&self, vp: &Vp, message: &Message) -> Result<bool> {
+    /// A VP did port I/O. If that was a doorbell, it has been rung, and the length of the instruction is returned.
+    pub(super) fn ring_port_doorbell(&self, message: &Message) -> Result<Option<u8>> {
         let bells = self.doorbells.lock();
         let bells = bells.at(true, u64::from(word(message, PAYLOAD + 40) as u16));
         let (length, kind) = (message[PAYLOAD + 4] & 0xf, message[PAYLOAD + 5]);
         let info = message[PAYLOAD + 42];
         let plain_write = kind == crate::abi::partition::access::WRITE && info & 0x18 == 0;
         if bells.is_empty() || !plain_write || length == 0 {
-            return Ok(false);
+            return Ok(None);
         }
         let size = u32::from(info & 7);
         let mask = if size >= 4 {
@@ -157,21 +155,10 @@ impl Partition {
             (1u64 << (size * 8)) - 1
         };
         let Some(bell) = pick(bells, size, || Ok(quad(message, PAYLOAD + 48) & mask))? else {
-            return Ok(false);
+            return Ok(None);
         };
         bell.event.signal();
-        self.step_over(vp, message, u64::from(length))?;
-        Ok(true)
-    }
-
-    fn step_over(&self, vp: &Vp, message: &Message, length: u64) -> Result {
-        let next = quad(message, PAYLOAD + 24).wrapping_add(length);
-        let next = if mode(message) == Mode::Bits64 {
-            next
-        } else {
-            next & 0xffff_ffff
-        };
-        vp.set_register(self, REGISTER_RIP, next)
+        Ok(Some(length))
     }
 }
 

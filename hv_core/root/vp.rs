@@ -25,7 +25,7 @@ use crate::abi::hypercall::{code, private, state_page, DispatchEvent, VpRunPage}
 use crate::abi::partition::{
     access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
 };
-use crate::abi::partition::{property, RegisterAssoc, VpRegisters};
+use crate::abi::partition::{property, VpRegisters};
 use crate::sys::{self, Alarm, IrqsOff, Pages, PreemptOff};
 
 /// Nanoseconds after which a run goes back to user space.
@@ -61,6 +61,14 @@ pub(crate) struct Vp {
     opened: AtomicBool,
     dispatches: AtomicU64,
     intercepts: AtomicU64,
+}
+
+/// What became of a message.
+enum Finished {
+    /// It was finished here; the VP goes on behind an instruction of that length, or with length 0 at the instruction.
+    Yes { length: u8 },
+    /// It is the VMM's.
+    No(Message),
 }
 
 /// What the alarm was last set to.
@@ -171,6 +179,10 @@ impl Vp {
         let bound = sys::time().saturating_add(RUN_BOUND);
         let result = self.run_until(partition, bound, &mut armed);
         sys::guest_mode_end();
+        if result.is_ok() {
+            let answer = partition.fast(private::SHOW_REGISTERS, u64::from(self.index));
+            errno(answer.status)?;
+        }
         result
     }
 
@@ -181,17 +193,22 @@ impl Vp {
         armed: &mut Armed,
     ) -> Result<Message> {
         let mut stopped = sys::time();
+        // Length of the instruction that the last message was about and that was completed here.
+        let mut step = 0;
         loop {
-            sys::guest_mode_work()?;
-            let now = sys::time();
-            let pause = now.saturating_sub(stopped);
-            if pause > PAUSE {
-                bound = bound.saturating_add(pause);
+            // With a step to be made the VP is dispatched in any case: nobody may see it before the instruction.
+            if step == 0 {
+                sys::guest_mode_work()?;
+                let now = sys::time();
+                let pause = now.saturating_sub(stopped);
+                if pause > PAUSE {
+                    bound = bound.saturating_add(pause);
+                }
+                if now >= bound {
+                    return Err(EINTR);
+                }
             }
-            if now >= bound {
-                return Err(EINTR);
-            }
-            let event = self.dispatch(partition, bound, armed)?;
+            let event = self.dispatch(partition, bound, armed, core::mem::take(&mut step))?;
             if matches!(event, DispatchEvent::Halted | DispatchEvent::WaitForSipi) {
                 self.sleep(bound, armed)?;
             }
@@ -200,8 +217,9 @@ impl Vp {
                 DispatchEvent::Signal => partition.scan_signals(),
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
-                    if let Some(message) = self.finish_intercept(partition)? {
-                        return Ok(message);
+                    match self.finish_intercept(partition)? {
+                        Finished::No(message) => return Ok(message),
+                        Finished::Yes { length } => step = length,
                     }
                 }
                 _ => {}
@@ -215,7 +233,9 @@ impl Vp {
         partition: &Partition,
         bound: u64,
         armed: &mut Armed,
+        step: u8,
     ) -> Result<DispatchEvent> {
+        let second = u64::from(self.index) | u64::from(step) << 32;
         let answer = loop {
             let preempt = PreemptOff::new();
             let cpu = sys::this_cpu();
@@ -232,7 +252,7 @@ impl Vp {
             fence(Ordering::SeqCst);
             self.kicked.store(false, Ordering::SeqCst);
             self.set_alarm(bound, armed);
-            let answer = partition.fast(code::DISPATCH_VP, u64::from(self.index));
+            let answer = partition.fast(code::DISPATCH_VP, second);
             self.running_cpu.store(NOWHERE, Ordering::SeqCst);
             drop(irqs);
             break answer;
@@ -305,36 +325,40 @@ impl Vp {
         }
     }
 
-    /// Looks at the message that the VP left. `None` if it could be finished here.
-    fn finish_intercept(&self, partition: &Partition) -> Result<Option<Message>> {
+    /// Looks at the message that the VP left, and finishes it here if possible.
+    fn finish_intercept(&self, partition: &Partition) -> Result<Finished> {
         let mut copy: Message = [0; message::BYTES];
         // SAFETY: the page lives as long as `self`. User space may write to it meanwhile, so it is copied once
         // (a torn copy is only wrong data), and only the copy is looked at.
         unsafe {
             core::ptr::copy_nonoverlapping(self.message.address(), copy.as_mut_ptr(), copy.len());
         }
-        let finished = match word(&copy, 0) {
+        let done = Finished::Yes { length: 0 };
+        let rung = match word(&copy, 0) {
             message::UNMAPPED_GPA | message::GPA_INTERCEPT => {
                 let gpa = quad(&copy, PAYLOAD + 56);
                 let kind = copy[PAYLOAD + 5];
                 match partition.fault(gpa >> 12, kind)? {
-                    Fault::Mapped => true,
+                    Fault::Mapped => return Ok(done),
                     Fault::Broken => {
                         // Guest memory that the host cannot give: the VMM shall know that it is memory.
                         self.rename_message(&mut copy, message::GPA_INTERCEPT);
-                        false
+                        None
                     }
-                    Fault::NotMemory => {
-                        kind == access::WRITE && partition.ring_memory_doorbell(self, &copy)?
+                    Fault::NotMemory if kind == access::WRITE => {
+                        partition.ring_memory_doorbell(self, &copy)?
                     }
-                    Fault::Denied => false,
+                    Fault::NotMemory | Fault::Denied => None,
                 }
             }
-            message::IO_PORT_INTERCEPT => partition.ring_port_doorbell(self, &copy)?,
-            message::APIC_EOI => partition.resample(word(&copy, PAYLOAD + 4)),
-            _ => false,
+            message::IO_PORT_INTERCEPT => partition.ring_port_doorbell(&copy)?,
+            message::APIC_EOI if partition.resample(word(&copy, PAYLOAD + 4)) => return Ok(done),
+            _ => None,
         };
-        Ok((!finished).then_some(copy))
+        Ok(match rung {
+            Some(length) => Finished::Yes { length },
+            None => Finished::No(copy),
+        })
     }
 
     fn rename_message(&self, copy: &mut Message, message_type: u32) {
@@ -360,22 +384,6 @@ impl Vp {
         )?;
         errno(answer.status)?;
         Ok(value[0])
-    }
-
-    /// Writes one register.
-    pub(super) fn set_register(&self, partition: &Partition, name: u32, value: u64) -> Result {
-        let head = self.register_head(partition);
-        let register = RegisterAssoc {
-            name,
-            value: [value, 0],
-            ..Default::default()
-        };
-        let input = [bytes(&head), bytes(&register)];
-        errno(
-            partition
-                .rep(code::SET_VP_REGISTERS, 1, input, &mut [])?
-                .status,
-        )
     }
 
     fn register_head(&self, partition: &Partition) -> VpRegisters {

@@ -91,8 +91,9 @@ pub mod state_page {
     pub const RUN: u16 = 0x80;
 }
 
-/// Why [`code::DISPATCH_VP`] came back, in RDX. The call takes the partition in RDX and the VP in R8 (the
-/// fast form, to spare the image the input page).
+/// Why [`code::DISPATCH_VP`] came back, in RDX. The call takes the partition in RDX (the fast form, to spare the image the
+/// input page) and in R8 the VP in bits 31:0; bits 39:32 are the length of the instruction that the last message was
+/// about, if the root has completed it: the VP goes on behind it. 0 if not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum DispatchEvent {
@@ -159,6 +160,9 @@ pub mod private {
     /// root calls it before it dispatches the VP on another CPU, before the CPU goes offline, and before
     /// the partition is finalized.
     pub const DETACH_VP: u16 = 0xf004;
+    /// Fills the register page of a VP (partition in RDX, index in R8), which nobody runs. Fast. The image does not do it at
+    /// each message, because the root finishes many of them itself.
+    pub const SHOW_REGISTERS: u16 = 0xf005;
 }
 
 /// What [`private::FAULT`] provokes.

@@ -101,7 +101,8 @@ impl<H: ChildHardware> Run<'_, H> {
         self.skip_by(length);
     }
 
-    fn skip_by(&mut self, length: u64) {
+    /// Moves past an instruction of that length.
+    pub fn skip_by(&mut self, length: u64) {
         if self.core.in_hardware {
             self.hardware.skip(self.core, length);
         } else {
@@ -246,7 +247,12 @@ impl<H: ChildHardware> Run<'_, H> {
 
     fn port(&mut self, access: IoAccess) -> Next {
         self.pull();
-        let bytes = emulate::instruction_bytes(self);
+        // Only a string access has anything in its bytes that the message does not say.
+        let bytes = if access.string {
+            emulate::instruction_bytes(self)
+        } else {
+            ([0; 16], 0)
+        };
         self.message(|run| {
             messages::io_port(
                 run.vp.index,
@@ -512,32 +518,23 @@ impl<H: ChildHardware> Run<'_, H> {
     /// What the VMM wrote into the register page since the last exit.
     pub fn absorb_register_page(&mut self) {
         let [page, ..] = self.core.pages;
-        if page == 0 {
+        if page == 0 || !emulate::is_dirty(page) {
             return;
         }
         let copy: RegisterPage = shared_read(page);
-        if copy.dirty == 0 {
-            return;
-        }
         self.pull();
         register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
         self.changed();
-        let clean = RegisterPage { dirty: 0, ..copy };
-        shared_write(page, clean);
+        emulate::clean(page);
     }
+}
 
-    /// Shows the registers to the VMM.
-    pub fn fill_register_page(&mut self) {
-        let [page, ..] = self.core.pages;
-        if page != 0 {
-            self.pull();
-            let filled = register_page::fill(
-                &self.core.state,
-                self.core.apic.cr8(),
-                page_bytes(self.core.xsave),
-            );
-            shared_write(page, filled);
-        }
+/// Shows the registers, which are in `core.state`, to the VMM.
+pub fn show_registers(core: &VpCore) {
+    let [page, ..] = core.pages;
+    if page != 0 {
+        let filled = register_page::fill(&core.state, core.apic.cr8(), page_bytes(core.xsave));
+        shared_write(page, filled);
     }
 }
 

@@ -148,9 +148,9 @@ fn read_guest(
 /// The bytes at the VP's instruction pointer and their number.
 pub fn instruction_bytes<H: ChildHardware>(run: &mut Run<'_, H>) -> ([u8; 16], u8) {
     let (info, cpu, partition) = (run.info, run.cpu, run.partition());
-    let state = *run.pull();
+    let state = &*run.pull();
     let mut bytes = [0; 16];
-    let count = translate::fetch_instruction(&state, &mut bytes, |gpa, to| {
+    let count = translate::fetch_instruction(state, &mut bytes, |gpa, to| {
         read_guest(info, cpu, partition, gpa, to)
     });
     (bytes, count)
@@ -365,6 +365,16 @@ pub fn xsetbv<H: ChildHardware>(run: &mut Run<'_, H>) {
     run.skip();
 }
 
+/// Whether the VMM changed something in the register page at `page`.
+pub fn is_dirty(page: u64) -> bool {
+    shared_read::<u32>(page + core::mem::offset_of!(RegisterPage, dirty) as u64) != 0
+}
+
+/// What the VMM changed in the register page at `page` was taken in.
+pub fn clean(page: u64) {
+    shared_write::<u32>(page + core::mem::offset_of!(RegisterPage, dirty) as u64, 0);
+}
+
 /// The registers of a VP as the root's calls see them.
 pub struct View<'a> {
     info: &'a BootInfo,
@@ -396,14 +406,14 @@ impl<'a> View<'a> {
     /// What the VMM wrote into the register page.
     pub fn absorb_register_page(&mut self) {
         let [page, ..] = self.core.pages;
-        if page == 0 {
+        if page == 0 || !is_dirty(page) {
             return;
         }
         let copy: RegisterPage = shared_read(page);
         if copy.dirty != 0 {
             register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
             self.core.dirty = true;
-            shared_write(page, RegisterPage { dirty: 0, ..copy });
+            clean(page);
         }
     }
 
@@ -411,15 +421,7 @@ impl<'a> View<'a> {
     pub fn publish(&mut self) {
         self.core.dirty = true;
         self.vp.posted.publish(self.core.apic.addressing());
-        let [page, ..] = self.core.pages;
-        if page != 0 {
-            let filled = register_page::fill(
-                &self.core.state,
-                self.core.apic.cr8(),
-                page_bytes(self.core.xsave),
-            );
-            shared_write(page, filled);
-        }
+        crate::child::show_registers(self.core);
     }
 
     /// CPUID as the guest would see it now.

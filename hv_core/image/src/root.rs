@@ -100,8 +100,8 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         private::FAULT if on.allow_fault => HvStatus::INVALID_PARAMETER,
         code::DISPATCH_VP if control.is_fast() => {
             let gprs = &p.context().gprs;
-            let (partition, index) = (gprs[gpr::RDX], gprs[gpr::R8] as u32);
-            match p.dispatch(partition, index) {
+            let (partition, second) = (gprs[gpr::RDX], gprs[gpr::R8]);
+            match p.dispatch(partition, second as u32, (second >> 32) as u8) {
                 // The child runs next; its end sets the result.
                 Ok(None) => return,
                 Ok(Some(event)) => {
@@ -113,6 +113,11 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         }
         // The state of a VP is never tied to a CPU between dispatches.
         private::DETACH_VP => HvStatus::SUCCESS,
+        private::SHOW_REGISTERS if control.is_fast() => {
+            let gprs = &p.context().gprs;
+            let (partition, index) = (gprs[gpr::RDX], gprs[gpr::R8] as u32);
+            p.show_registers(partition, index)
+        }
         _ if control.is_fast() => HvStatus::INVALID_HYPERCALL_CODE,
         _ => {
             let gprs = &p.context().gprs;
@@ -356,8 +361,12 @@ mod tests {
             &mut self,
             _: u64,
             _: u32,
+            _: u8,
         ) -> Result<Option<hv_abi::hypercall::DispatchEvent>, HvStatus> {
             Err(HvStatus::INVALID_PARTITION_ID)
+        }
+        fn show_registers(&mut self, _: u64, _: u32) -> HvStatus {
+            HvStatus::INVALID_PARTITION_ID
         }
         fn fault(&mut self, _: u64) {}
         fn leave(&mut self) -> ! {

@@ -41,6 +41,7 @@ pub fn dispatch<W: WorldSwitch>(
     area: &mut CpuArea,
     partition_id: u64,
     index: u32,
+    step: u8,
 ) -> Result<Option<DispatchEvent>, HvStatus> {
     let info = boot();
     let target = partition::find(partition_id)?;
@@ -65,6 +66,9 @@ pub fn dispatch<W: WorldSwitch>(
         first,
     };
     run.absorb_register_page();
+    if step != 0 {
+        run.skip_by(step.into());
+    }
     match run.enter() {
         Next::Root(event) => {
             finish(&mut run, event);
@@ -85,12 +89,26 @@ pub fn dispatch<W: WorldSwitch>(
     }
 }
 
+/// Fills the register page of a VP that nobody runs; `pull` brings its registers out of the control structure.
+pub fn show_registers(
+    pull: fn(u64, &mut VpCore),
+    root_control: u64,
+    partition_id: u64,
+    index: u32,
+) -> Result<(), HvStatus> {
+    let target = partition::find(partition_id)?;
+    let vp = target.vp(index)?;
+    let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
+    pull(root_control, &mut core);
+    crate::child::show_registers(&core);
+    Ok(())
+}
+
 /// What the root sees after a dispatch.
 fn finish<H: ChildHardware>(run: &mut Run<'_, H>, event: DispatchEvent) {
     run.tell_deadline();
     if event == DispatchEvent::Intercept {
         run.core.state.intercept_suspend = true;
-        run.fill_register_page();
     }
 }
 

@@ -164,8 +164,15 @@ pub trait Processor {
     fn reset(&mut self) -> !;
     /// A hypercall about partitions; RAX.
     fn call(&mut self, control: Control, input: u64, output: u64) -> u64;
-    /// HvCallDispatchVp: `Ok(None)` if a child runs next.
-    fn dispatch(&mut self, partition: u64, index: u32) -> Result<Option<DispatchEvent>, HvStatus>;
+    /// HvCallDispatchVp: `Ok(None)` if a child runs next. `step` is the length of a completed instruction.
+    fn dispatch(
+        &mut self,
+        partition: u64,
+        index: u32,
+        step: u8,
+    ) -> Result<Option<DispatchEvent>, HvStatus>;
+    /// Fills the register page of a VP.
+    fn show_registers(&mut self, partition: u64, index: u32) -> HvStatus;
     /// Faults in the way `how` names (test aid).
     fn fault(&mut self, how: u64);
     /// Returns the CPU to native operation at the current instruction.

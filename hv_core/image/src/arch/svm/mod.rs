@@ -330,8 +330,20 @@ impl Processor for Svm<'_> {
         .run()
     }
 
-    fn dispatch(&mut self, partition: u64, index: u32) -> Result<Option<DispatchEvent>, HvStatus> {
-        dispatch::dispatch::<Switch>(self.area, partition, index)
+    fn dispatch(
+        &mut self,
+        partition: u64,
+        index: u32,
+        step: u8,
+    ) -> Result<Option<DispatchEvent>, HvStatus> {
+        dispatch::dispatch::<Switch>(self.area, partition, index, step)
+    }
+
+    fn show_registers(&mut self, partition: u64, index: u32) -> HvStatus {
+        match dispatch::show_registers(pull, 0, partition, index) {
+            Ok(()) => HvStatus::SUCCESS,
+            Err(status) => status,
+        }
     }
 
     fn leave(&mut self) -> ! {
