@@ -15,7 +15,8 @@ class Bed:
     """A machine.
 
     boot: seconds of wall time that booting may take; slow: how much longer a test may take than on the
-    fastest bed; kernel_args: what this machine needs on the kernel command line.
+    fastest bed; kernel_args: what this machine needs on the kernel command line; counts: one CPU whose TSC counts its
+    instructions exactly, for measuring and not for tests that come of themselves.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Bed:
     slow: int = 1
     kernel_args: str = ""
     compress: bool = False
+    counts: bool = False
 
     def start(self, work, kernel, initrd, kernel_args):
         """Prepares the machine in folder `work` and gives the command that runs it. The machine writes its
@@ -96,16 +98,26 @@ error: action=report
         return ["bochs", "-q", "-f", f"{work}/bochsrc"]
 
 
-Q35 = ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G",
-       "-device", "intel-iommu,intremap=on,eim=on"]
+# The models' CPUID claims gigahertz, but their TSC counts instructions: 100 million in a second of the machine's other clocks.
+BOCHS_TIME = "tsc=unstable tsc_early_khz=100000"
+
+Q35 = ["-machine", "q35", "-cpu", "max", "-m", "1G"]
+IOMMU = ["-device", "intel-iommu,intremap=on,eim=on"]
+TWO_CPUS = ["-accel", "tcg,thread=multi", "-smp", "2"]
+COUNTED_CPU = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
 
 BEDS = {bed.name: bed for bed in [
-    Qemu("svm", "AMD-V, IOMMU (QEMU)", boot=120, machine=Q35),
-    Bochs("vmx", "VT-x (Bochs tigerlake: EPT, VPID, CET)", boot=400, slow=8, kernel_args="tsc=unstable", cpu="tigerlake"),
+    # On a busy host QEMU's timer can miss the kernel's check of its interrupt, and the kernel panics.
+    Qemu("svm", "AMD-V, IOMMU (QEMU)", boot=120, kernel_args="no_timer_check", machine=[*Q35, *TWO_CPUS, *IOMMU]),
+    Bochs("vmx", "VT-x (Bochs tigerlake: EPT, VPID, CET)", boot=400, slow=8, kernel_args=BOCHS_TIME, cpu="tigerlake"),
     Bochs("vmx-skylake", "VT-x without CET, with page-table isolation (Bochs corei7_skylake_x)", boot=400, slow=8,
-          kernel_args="tsc=unstable", cpu="corei7_skylake_x"),
+          kernel_args=BOCHS_TIME, cpu="corei7_skylake_x"),
     Bochs("vmx-arrow", "VT-x with APICv, posted interrupts, LASS (Bochs arrow_lake)", boot=400, slow=8,
-          kernel_args="tsc=unstable", cpu="arrow_lake"),
+          kernel_args=BOCHS_TIME, cpu="arrow_lake"),
     Bochs("svm-full", "AMD-V with nRIP save, flush by ASID (Bochs ryzen)", boot=400, slow=8,
-          kernel_args="tsc=unstable", cpu="ryzen"),
+          kernel_args=BOCHS_TIME, cpu="ryzen"),
+    Qemu("svm-count", "instructions of AMD-V exits (QEMU, one CPU)", boot=300, slow=4, kernel_args="no_timer_check", counts=True,
+         machine=[*Q35, *COUNTED_CPU]),
+    Bochs("vmx-count", "instructions of VT-x exits (Bochs tigerlake, one CPU)", boot=400, slow=8, kernel_args=BOCHS_TIME,
+          counts=True, cpu="tigerlake", cpus=1),
 ]}

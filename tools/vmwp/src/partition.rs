@@ -128,6 +128,11 @@ impl Partition {
         Ok(MshvVp { fd })
     }
 
+    /// The partition's descriptor, for what only some users of a partition need.
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
     /// Where devices send interrupts.
     pub fn interrupts(&self) -> Arc<dyn InterruptSink> {
         Arc::new(Interrupts(self.vm.clone()))
