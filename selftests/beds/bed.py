@@ -2,6 +2,7 @@
 """The beds: the machines that tests run on. To add one, add a row to BEDS at the end."""
 
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ class Bed:
         kernel's console into console.log and the test results into tap.log."""
         raise NotImplementedError
 
+    def explain(self, work):
+        """What a machine in folder `work` that ran out of time is doing, as lines. It may end the machine."""
+        return []
+
     def append(self, more):
         """The kernel command line."""
         return " ".join(filter(None, [KERNEL_ARGS, self.kernel_args, f"hvbed={self.name}", more]))
@@ -49,7 +54,20 @@ class Qemu(Bed):
             *self.machine,
             "-kernel", kernel, "-initrd", initrd, "-append", self.append(kernel_args),
             "-serial", f"file:{work}/console.log", "-serial", f"file:{work}/tap.log",
+            "-monitor", f"unix:{work}/monitor,server=on,wait=off",
         ]
+
+    def explain(self, work):
+        """The registers of all CPUs."""
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(10)
+            try:
+                monitor.connect(f"{work}/monitor")
+                monitor.sendall(b"info registers -a\nquit\n")
+                lines = b"".join(iter(lambda: monitor.recv(65536), b"")).decode(errors="replace").splitlines()
+                return [line for line in lines if "\x1b" not in line]
+            except OSError as error:
+                return [f"no answer from the monitor: {error}"]
 
 
 @dataclass(frozen=True)

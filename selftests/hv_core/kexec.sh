@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # kexec while launched leaves first: the next kernel (here a program that looks around) finds a native machine.
+# Beds: svm vmx
 # Ends: machine
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
