@@ -33,8 +33,8 @@ modules: setup ## Builds hv_core.ko into build/modules
 install: ## Installs the modules for their kernel, and the rule that lets group mshv use /dev/mshv (INSTALL_MOD_PATH, DESTDIR)
 	@tools/build/install
 
-demo: modules ## Boots a Debian root that launches the hypervisor and boots a stock Debian child, console shown
-	@$(IN) selftests/run --bed svm --test boot --show
+demo: modules ## Boots a Debian root that launches the hypervisor and boots a stock Debian child, all shown (BED=vmx: on VT-x)
+	@$(IN) selftests/run --demo --bed "$(BED)"
 
 test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs one test on one bed
 	@$(IN) selftests/run $(if $(BED)$(TEST),--bed "$(BED)" --test "$(TEST)",--host)

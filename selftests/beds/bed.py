@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
 """The beds: the machines that tests run on. To add one, add a row to BEDS at the end."""
 
+import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +18,8 @@ class Bed:
     """A machine.
 
     boot: seconds of wall time that booting may take; slow: how much longer a test may take than on the
-    fastest bed; kernel_args: what this machine needs on the kernel command line; counts: one CPU whose TSC counts its
-    instructions exactly, for measuring and not for tests that come of themselves.
+    fastest bed; kernel_args: what this machine needs on the kernel command line; asked_for: it runs only when named;
+    counts: one CPU whose TSC counts its instructions exactly, which gets only the tests that name it.
     """
 
     name: str
@@ -27,6 +29,11 @@ class Bed:
     kernel_args: str = ""
     compress: bool = False
     counts: bool = False
+    asked_for: bool = False
+
+    def refusal(self):
+        """Why it cannot run here; empty when it can."""
+        return ""
 
     def start(self, work, kernel, initrd, kernel_args):
         """Prepares the machine in folder `work` and gives the command that runs it. The machine writes its
@@ -68,6 +75,45 @@ class Qemu(Bed):
                 return [line for line in lines if "\x1b" not in line]
             except OSError as error:
                 return [f"no answer from the monitor: {error}"]
+
+
+# What the processor of a virtual machine offers, asked by real-mode code that runs in place of its firmware: bit 0 of the
+# value written to port 0xf4 is VMX, bit 1 SVM, bit 4 is always set. QEMU's exit status is twice that and one.
+ASK_CPU = bytes.fromhex(
+    "66b801000000 0fa2 c1e905 83e101 89ce"  # mov eax, 1; cpuid; shr cx, 5; and cx, 1; mov si, cx
+    "66b801000080 0fa2 d1e9 83e102 09f1"    # mov eax, 0x80000001; cpuid; shr cx, 1; and cx, 2; or cx, si
+    "88c8 0c10 e6f4 f4")                    # mov al, cl; or al, 0x10; out 0xf4, al; hlt
+
+
+def offered(accel):
+    """Runs that in a machine with these arguments: the bits, or None when the machine did not answer."""
+    firmware = bytearray(0x10000)
+    firmware[0xff00:0xff00 + len(ASK_CPU)] = ASK_CPU
+    firmware[0xfff0:0xfff3] = bytes.fromhex("e90dff")  # the reset vector: jmp 0xff00
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(firmware)
+        file.flush()
+        try:
+            status = subprocess.run(
+                ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", *accel,
+                 "-bios", file.name, "-device", "isa-debug-exit,iobase=0xf4,iosize=1"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10).returncode
+        except subprocess.TimeoutExpired:
+            return None
+    return status >> 1 & 3 if status & ~6 == 0x21 else None
+
+
+@dataclass(frozen=True)
+class Kvm(Qemu):
+    """The processor of this host by KVM, where it offers its own extension to virtual machines."""
+
+    def refusal(self):
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            return "/dev/kvm is not there, or not for this user"
+        bits = offered(self.machine)
+        if bits is None:
+            return "a virtual machine of KVM does not run"
+        return "" if bits else "KVM offers neither VT-x nor AMD-V to virtual machines (kvm_intel or kvm_amd with nested=1)"
 
 
 @dataclass(frozen=True)
@@ -127,6 +173,8 @@ COUNTED_CPU = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-
 BEDS = {bed.name: bed for bed in [
     # On a busy host QEMU's timer can miss the kernel's check of its interrupt, and the kernel panics.
     Qemu("svm", "AMD-V, IOMMU (QEMU)", boot=120, kernel_args="no_timer_check", machine=[*Q35, *TWO_CPUS, *IOMMU]),
+    Kvm("kvm", "VT-x or AMD-V of this host, nested (KVM)", boot=120, asked_for=True,
+        machine=["-machine", "q35", "-accel", "kvm", "-cpu", "host", "-smp", "2", "-m", "1G"]),
     Bochs("vmx", "VT-x (Bochs tigerlake: EPT, VPID, CET)", boot=400, slow=8, kernel_args=BOCHS_TIME, cpu="tigerlake"),
     Bochs("vmx-skylake", "VT-x without CET, with page-table isolation (Bochs corei7_skylake_x)", boot=400, slow=8,
           kernel_args=BOCHS_TIME, cpu="corei7_skylake_x"),
@@ -134,8 +182,9 @@ BEDS = {bed.name: bed for bed in [
           kernel_args=BOCHS_TIME, cpu="arrow_lake"),
     Bochs("svm-full", "AMD-V with nRIP save, flush by ASID (Bochs ryzen)", boot=400, slow=8,
           kernel_args=BOCHS_TIME, cpu="ryzen"),
-    Qemu("svm-count", "instructions of AMD-V exits (QEMU, one CPU)", boot=300, slow=4, kernel_args="no_timer_check", counts=True,
+    Qemu("svm-count", "instructions of AMD-V exits (QEMU, one CPU)", boot=300, slow=4, kernel_args="no_timer_check", asked_for=True,
+         counts=True,
          machine=[*Q35, *COUNTED_CPU]),
     Bochs("vmx-count", "instructions of VT-x exits (Bochs tigerlake, one CPU)", boot=400, slow=8, kernel_args=BOCHS_TIME,
-          counts=True, cpu="tigerlake", cpus=1),
+          asked_for=True, counts=True, cpu="tigerlake", cpus=1),
 ]}
