@@ -30,7 +30,7 @@ modules: setup ## Builds hv_core.ko into build/modules
 	@$(KBUILD) MO=$(CURDIR)/build/modules modules'
 	@$(IN) selftests/build
 
-install: ## Installs the modules for their kernel, and the rule that lets group mshv use /dev/mshv (INSTALL_MOD_PATH, DESTDIR)
+install: ## Installs the modules for their kernel, the tools, and the rule that lets group mshv use /dev/mshv (INSTALL_MOD_PATH, DESTDIR)
 	@tools/build/install
 
 demo: modules ## Boots a Debian root that launches the hypervisor and boots a stock Debian child, all shown (BED=vmx: on VT-x)

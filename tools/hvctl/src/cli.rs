@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The command line.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::path::PathBuf;
 use vmwp::cli::{parse_name, VmOptions};
@@ -49,6 +49,9 @@ pub enum Command {
     Completion {
         /// The shell
         shell: Shell,
+        /// The program that it completes
+        #[arg(default_value = "hvctl")]
+        program: Program,
     },
 
     /// Write the manual pages of hvctl and vmwp
@@ -56,6 +59,15 @@ pub enum Command {
         /// Folder to write them to
         dir: PathBuf,
     },
+}
+
+/// The programs whose command lines are defined here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    /// This one.
+    Hvctl,
+    /// The worker.
+    Vmwp,
 }
 
 /// How to run a partition.

@@ -36,8 +36,8 @@ pub fn execute(cli: Cli) -> Result<u8> {
         Command::Ls => ls(cli.json),
         Command::Stop { name } => stop(&name, cli.json),
         Command::Console { name } => console::attach(&name).map(|()| 0),
-        Command::Completion { shell } => {
-            pages::completion(shell, &mut std::io::stdout());
+        Command::Completion { shell, program } => {
+            pages::completion(shell, program, &mut std::io::stdout());
             Ok(0)
         }
         Command::Man { dir } => {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Shell completion and manual pages, generated from the definition of the command line.
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Program};
 use crate::{Error, Result};
 use clap::CommandFactory;
 use clap_complete::Shell;
@@ -9,9 +9,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Writes a completion script.
-pub fn completion(shell: Shell, out: &mut dyn Write) {
-    let mut command = Cli::command();
-    clap_complete::generate(shell, &mut command, "hvctl", &mut &mut *out);
+pub fn completion(shell: Shell, program: Program, out: &mut dyn Write) {
+    let mut command = match program {
+        Program::Hvctl => Cli::command(),
+        Program::Vmwp => vmwp::cli::Cli::command(),
+    };
+    let name = command.get_name().to_owned();
+    clap_complete::generate(shell, &mut command, name, &mut &mut *out);
 }
 
 /// Writes the manual pages of hvctl, of each of its commands, and of vmwp; returns their paths.
@@ -36,15 +40,20 @@ mod tests {
     use vmm_sys_util::tempdir::TempDir;
 
     #[test]
-    fn completion_knows_the_commands_in_every_shell() {
+    fn completion_knows_the_commands_of_both_programs_in_every_shell() {
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-            let mut out = Vec::new();
-            completion(shell, &mut out);
-            let text = String::from_utf8(out).unwrap();
-            assert!(
-                text.contains("console") && text.contains("detach"),
-                "{shell}"
-            );
+            for (program, words) in [
+                (Program::Hvctl, ["hvctl", "console", "detach"]),
+                (Program::Vmwp, ["vmwp", "control", "initrd"]),
+            ] {
+                let mut out = Vec::new();
+                completion(shell, program, &mut out);
+                let text = String::from_utf8(out).unwrap();
+                assert!(
+                    words.iter().all(|w| text.contains(w)),
+                    "{shell} {program:?}"
+                );
+            }
         }
     }
 
