@@ -63,14 +63,6 @@ pub(crate) struct Vp {
     intercepts: AtomicU64,
 }
 
-/// What became of a message.
-enum Finished {
-    /// It was finished here; the VP goes on behind an instruction of that length, or with length 0 at the instruction.
-    Yes { length: u8 },
-    /// It is the VMM's.
-    No(Message),
-}
-
 /// What the alarm was last set to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Armed {
@@ -217,9 +209,10 @@ impl Vp {
                 DispatchEvent::Signal => partition.scan_signals(),
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
-                    match self.finish_intercept(partition)? {
-                        Finished::No(message) => return Ok(message),
-                        Finished::Yes { length } => step = length,
+                    let mut message: Message = [0; message::BYTES];
+                    match self.finish_intercept(partition, &mut message)? {
+                        Some(length) => step = length,
+                        None => return Ok(message),
                     }
                 }
                 _ => {}
@@ -325,39 +318,34 @@ impl Vp {
         }
     }
 
-    /// Looks at the message that the VP left, and finishes it here if possible.
-    fn finish_intercept(&self, partition: &Partition) -> Result<Finished> {
-        let mut copy: Message = [0; message::BYTES];
+    /// Copies the message that the VP left, and finishes it here if possible. `None` if it is the VMM's; otherwise the VP goes
+    /// on behind an instruction of that length, or with 0 at the instruction.
+    fn finish_intercept(&self, partition: &Partition, copy: &mut Message) -> Result<Option<u8>> {
         // SAFETY: the page lives as long as `self`. User space may write to it meanwhile, so it is copied once
         // (a torn copy is only wrong data), and only the copy is looked at.
         unsafe {
             core::ptr::copy_nonoverlapping(self.message.address(), copy.as_mut_ptr(), copy.len());
         }
-        let done = Finished::Yes { length: 0 };
-        let rung = match word(&copy, 0) {
+        Ok(match word(copy, 0) {
             message::UNMAPPED_GPA | message::GPA_INTERCEPT => {
-                let gpa = quad(&copy, PAYLOAD + 56);
+                let gpa = quad(copy, PAYLOAD + 56);
                 let kind = copy[PAYLOAD + 5];
                 match partition.fault(gpa >> 12, kind)? {
-                    Fault::Mapped => return Ok(done),
+                    Fault::Mapped => Some(0),
                     Fault::Broken => {
                         // Guest memory that the host cannot give: the VMM shall know that it is memory.
-                        self.rename_message(&mut copy, message::GPA_INTERCEPT);
+                        self.rename_message(copy, message::GPA_INTERCEPT);
                         None
                     }
                     Fault::NotMemory if kind == access::WRITE => {
-                        partition.ring_memory_doorbell(self, &copy)?
+                        partition.ring_memory_doorbell(self, copy)?
                     }
                     Fault::NotMemory | Fault::Denied => None,
                 }
             }
-            message::IO_PORT_INTERCEPT => partition.ring_port_doorbell(&copy)?,
-            message::APIC_EOI if partition.resample(word(&copy, PAYLOAD + 4)) => return Ok(done),
+            message::IO_PORT_INTERCEPT => partition.ring_port_doorbell(copy)?,
+            message::APIC_EOI if partition.resample(word(copy, PAYLOAD + 4)) => Some(0),
             _ => None,
-        };
-        Ok(match rung {
-            Some(length) => Finished::Yes { length },
-            None => Finished::No(copy),
         })
     }
 

@@ -183,8 +183,7 @@ BEDS = {bed.name: bed for bed in [
     Bochs("svm-full", "AMD-V with nRIP save, flush by ASID (Bochs ryzen)", boot=400, slow=8,
           kernel_args=BOCHS_TIME, cpu="ryzen"),
     Qemu("svm-count", "instructions of AMD-V exits (QEMU, one CPU)", boot=300, slow=4, kernel_args="no_timer_check", asked_for=True,
-         counts=True,
-         machine=[*Q35, *COUNTED_CPU]),
+         counts=True, machine=[*Q35, *COUNTED_CPU]),
     Bochs("vmx-count", "instructions of VT-x exits (Bochs tigerlake, one CPU)", boot=400, slow=8, kernel_args=BOCHS_TIME,
           asked_for=True, counts=True, cpu="tigerlake", cpus=1),
 ]}
