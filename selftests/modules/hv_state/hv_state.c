@@ -7,8 +7,8 @@
  *             read ADDRESS, write ADDRESS   8 bytes at a physical address, through the direct map
  *             xsetbv INDEX VALUE
  *             nmi CPU COUNT                 sends NMIs one after another and waits for each
- *           A fault that was caught is EFAULT, a read of anything but zeros EIO, an NMI that did not come in a
- *           second ETIMEDOUT.
+ *           A fault that was caught is EFAULT, a read of anything but zeros EIO, an NMI that does not come
+ *           ETIMEDOUT after a minute: on a busy emulator one may take seconds.
  *   mmap    physical memory, from the physical address given as the offset
  */
 #include <linux/cpu.h>
@@ -207,7 +207,7 @@ static int send_nmis(int cpu, int count)
 	atomic_set(&nmis_taken, 0);
 	WRITE_ONCE(nmi_target, cpu);
 	while (!error && count--) {
-		unsigned long end = jiffies + HZ;
+		unsigned long end = jiffies + 60 * HZ;
 		int sent;
 
 		/* The target is still in the handler of the one before: let it go on to anywhere. */
