@@ -3,7 +3,7 @@
 # The outside judge of transparency: the kernel's own tools/testing/selftests/x86 say the same natively and launched.
 # Beds: svm vmx
 # Timeout: 300
-# Dmesg: (segfault at|general protection|traps:|invalid opcode|process .* attempted|vsyscall|divide error|stack segment|alignment check)
+# Dmesg: (segfault at|general protection|traps:|invalid opcode|process .* attempted|vsyscall|divide error|stack segment|alignment check|exc_debug_kernel|Modules linked in:|Call Trace:)
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 
