@@ -41,10 +41,9 @@ impl VpFile {
     /// One ioctl.
     pub(super) fn ioctl(&self, command: u32, argument: usize) -> Result {
         match command {
-            uapi::RUN_VP => {
-                let message = self.vp().run(&self.partition)?;
-                write(argument, &message)
-            }
+            uapi::RUN_VP => self
+                .vp()
+                .run(&self.partition, |message| write(argument, message)),
             uapi::GET_VP_STATE => self.state(argument, false),
             uapi::SET_VP_STATE => self.state(argument, true),
             uapi::ROOT_HVCALL => hvcall::on_vp(&self.partition, self.vp(), argument),

@@ -46,7 +46,7 @@ pub(crate) struct Vp {
     index: u32,
     /// Held for the whole of each operation on the VP.
     #[pin]
-    busy: Mutex<Armed>,
+    busy: Mutex<Busy>,
     alarm: Alarm,
     registers: Pages,
     message: Pages,
@@ -63,11 +63,21 @@ pub(crate) struct Vp {
     intercepts: AtomicU64,
 }
 
+/// What belongs to the thread that works on the VP.
+struct Busy {
+    armed: Armed,
+    /// Copy of the last message, out of reach of user space.
+    message: Message,
+}
+
 /// What the alarm was last set to.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 struct Armed {
-    bound: u64,
+    /// When it fires, in nanoseconds of [`sys::time`].
+    at: u64,
+    /// The VP's deadline that went into it.
     deadline: u64,
+    /// CPU whose timer it is.
     cpu: u32,
 }
 
@@ -77,7 +87,10 @@ impl Vp {
         let this = KBox::pin_init(
             try_pin_init!(Self {
                 index,
-                busy <- new_mutex!(Armed { bound: 0, deadline: 0, cpu: NOWHERE }),
+                busy <- new_mutex!(Busy {
+                    armed: Armed { at: 0, deadline: 0, cpu: NOWHERE },
+                    message: [0; message::BYTES],
+                }),
                 alarm: Alarm::new()?,
                 registers: Pages::new(0)?,
                 message: Pages::new(0)?,
@@ -164,18 +177,22 @@ impl Vp {
         call()
     }
 
-    /// Runs it until it has a message for the VMM. `EINTR` when a signal waits or after a while.
-    pub(crate) fn run(&self, partition: &Partition) -> Result<Message> {
-        let mut armed = self.busy.lock();
+    /// Runs it until it has a message for the VMM, which `deliver` gets. `EINTR` when a signal waits or after a while.
+    pub(crate) fn run(
+        &self,
+        partition: &Partition,
+        deliver: impl FnOnce(&Message) -> Result,
+    ) -> Result {
+        let mut busy = self.busy.lock();
+        let busy = &mut *busy;
         partition.check_caller()?;
         let bound = sys::time().saturating_add(RUN_BOUND);
-        let result = self.run_until(partition, bound, &mut armed);
+        let result = self.run_until(partition, bound, &mut busy.armed, &mut busy.message);
         sys::guest_mode_end();
-        if result.is_ok() {
-            let answer = partition.fast(private::SHOW_REGISTERS, u64::from(self.index));
-            errno(answer.status)?;
-        }
-        result
+        result?;
+        let answer = partition.fast(private::SHOW_REGISTERS, u64::from(self.index));
+        errno(answer.status)?;
+        deliver(&busy.message)
     }
 
     fn run_until(
@@ -183,7 +200,8 @@ impl Vp {
         partition: &Partition,
         mut bound: u64,
         armed: &mut Armed,
-    ) -> Result<Message> {
+        message: &mut Message,
+    ) -> Result {
         let mut stopped = sys::time();
         // Length of the instruction that the last message was about and that was completed here.
         let mut step = 0;
@@ -209,10 +227,9 @@ impl Vp {
                 DispatchEvent::Signal => partition.scan_signals(),
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
-                    let mut message: Message = [0; message::BYTES];
-                    match self.finish_intercept(partition, &mut message)? {
+                    match self.finish_intercept(partition, message)? {
                         Some(length) => step = length,
-                        None => return Ok(message),
+                        None => return Ok(()),
                     }
                 }
                 _ => {}
@@ -255,25 +272,30 @@ impl Vp {
         DispatchEvent::from_value(answer.value).ok_or(EIO)
     }
 
-    /// Sets the alarm to the end of the run or the VP's next timer, whichever is first.
+    /// Makes sure that the alarm fires at the end of the run or at the VP's next timer, or before: then it is set again.
     fn set_alarm(&self, bound: u64, armed: &mut Armed) {
         let deadline = self.run_page().deadline.load(Ordering::Relaxed);
-        let wanted = Armed {
-            bound,
-            deadline,
-            cpu: sys::this_cpu(),
-        };
-        if *armed == wanted && !self.alarm.fired() {
+        let cpu = sys::this_cpu();
+        if armed.cpu == cpu
+            && armed.deadline == deadline
+            && armed.at <= bound
+            && !self.alarm.fired()
+        {
             return;
         }
-        let rest = bound.saturating_sub(sys::time());
+        let now = sys::time();
+        let rest = bound.saturating_sub(now);
         // A fresh page says 0: no deadline was set yet.
         let rest = match deadline {
             0 | u64::MAX => rest,
             _ => rest.min(sys::nanoseconds_until(deadline)),
         };
         self.alarm.set(rest);
-        *armed = wanted;
+        *armed = Armed {
+            at: now.saturating_add(rest),
+            deadline,
+            cpu,
+        };
     }
 
     /// Sleeps until somebody kicks it, or its next timer or the end of the run comes.

@@ -118,6 +118,8 @@ impl<H: ChildHardware> Run<'_, H> {
         self.core.in_hardware = true;
         self.hardware.after_exit(self.core);
         let exit = self.hardware.exit(self.core);
+        // Only the exits below that say so leave it as it was.
+        let quiet = core::mem::replace(&mut self.core.quiet, false);
         match exit {
             ChildExit::ExternalInterrupt => return Next::Root(DispatchEvent::Interrupt),
             ChildExit::Nmi => {
@@ -126,9 +128,15 @@ impl<H: ChildHardware> Run<'_, H> {
             }
             ChildExit::Window => {}
             ChildExit::NmiWindow => self.hardware.end_nmi(self.core),
-            ChildExit::Cpuid => emulate::cpuid(self),
-            ChildExit::Hypercall => emulate::hypercall(self),
-            ChildExit::MsrRead => emulate::read_msr(self),
+            ChildExit::Cpuid => {
+                emulate::cpuid(self);
+                self.core.quiet = quiet;
+            }
+            ChildExit::Hypercall => {
+                emulate::hypercall(self);
+                self.core.quiet = quiet;
+            }
+            ChildExit::MsrRead => self.core.quiet = emulate::read_msr(self) && quiet,
             ChildExit::MsrWrite => return self.effect_of_msr_write(),
             ChildExit::Xsetbv => emulate::xsetbv(self),
             ChildExit::Halt => {
@@ -154,7 +162,10 @@ impl<H: ChildHardware> Run<'_, H> {
                 execute,
                 gva,
             } => return self.memory(gpa, write, execute, gva),
-            ChildExit::Nop => self.skip(),
+            ChildExit::Nop => {
+                self.skip();
+                self.core.quiet = quiet;
+            }
             ChildExit::Undefined => self.raise(exception::UNDEFINED, None),
             ChildExit::TripleFault => {
                 self.core.shut_down = true;
@@ -323,6 +334,11 @@ impl<H: ChildHardware> Run<'_, H> {
 
     /// Everything before an entry: interrupts, timers, start-up, and the checks that may keep the VP out.
     pub fn enter(&mut self) -> Next {
+        if self.core.quiet && self.is_still_quiet() {
+            self.core.in_hardware = true;
+            return Next::Enter;
+        }
+        self.core.quiet = false;
         if self.core.shut_down {
             return self
                 .message(|run| messages::unrecoverable_exception(run.vp.index, &run.core.state));
@@ -408,8 +424,19 @@ impl<H: ChildHardware> Run<'_, H> {
             generation != self.core.seen_generation || self.core.last_cpu != self.cpu || self.first;
         self.core.seen_generation = generation;
         self.core.last_cpu = self.cpu;
+        self.core.quiet = pending.is_empty() && info >> 31 == 0;
+        self.core.timer_at = self.deadline();
         self.hardware.before_entry(self.core, flush);
         Next::Enter
+    }
+
+    /// Whether the control structure can be entered as it is: nothing came since the last entry.
+    fn is_still_quiet(&self) -> bool {
+        self.core.requeue.0 == 0
+            && !self.core.dirty
+            && !self.vp.posted.is_outstanding()
+            && self.core.seen_generation == self.partition().generation.load(Ordering::Acquire)
+            && rdtsc() < self.core.timer_at
     }
 
     /// Host TSC of the next timer expiry.
@@ -524,8 +551,13 @@ impl<H: ChildHardware> Run<'_, H> {
         let copy: RegisterPage = shared_read(page);
         self.pull();
         register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
-        self.changed();
         emulate::clean(page);
+        let state = &self.core.state;
+        if copy.dirty & register_page::dirty::SEGMENT != 0 || state.interrupt_shadow {
+            self.changed();
+        } else if !self.core.dirty {
+            self.hardware.load_general(self.core);
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Where a child's instructions, and the root's calls about its registers, meet the pure models.
 
+use core::sync::atomic::Ordering;
+
 use hv_abi::boot::{BootInfo, Vendor};
 use hv_abi::hypercall::{result, Control};
 use hv_abi::partition::{creation, CreatePartition, RegisterInterceptResult};
@@ -9,7 +11,7 @@ use hv_x86::regs::cr4;
 use hv_x86::vmcs::{allows, secondary};
 
 use crate::apic::{
-    ApicConfig, InterruptControllerState, LocalApic, TimerClock, WriteEffect, STATE_SIZE,
+    ApicConfig, InterruptControllerState, LocalApic, Mode, TimerClock, WriteEffect, STATE_SIZE,
 };
 use crate::arch::memory::{read_physical, write_physical, Window};
 use crate::arch::object::{
@@ -20,6 +22,7 @@ use crate::arch::{cpu, gpr, ChildHardware};
 use crate::child::{exception, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local};
+use crate::cpuid_cache::Key;
 use crate::header::boot;
 use crate::partition::{new_core, Partition};
 use crate::register_page::{self, RegisterPage};
@@ -176,16 +179,27 @@ pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     let (leaf, subleaf) = (gprs[gpr::RAX] as u32, gprs[gpr::RCX] as u32);
     run.peek();
     let partition = run.partition();
-    let inner = partition.inner.lock();
-    let core = &*run.core;
-    let guest = Guest::of(
-        &core.state,
-        &core.apic,
-        &inner.state,
-        Some(overrides(core.overrides)),
-    );
-    let [a, b, c, d] = child_cpuid::cpuid(leaf, subleaf, &host, &guest);
-    drop(inner);
+    let core = &mut *run.core;
+    let key = Key {
+        cr4: core.state.cr4 & (cr4::OSXSAVE | cr4::PKE),
+        xcr0: core.state.xcr0,
+        xss: core.state.xss,
+        changes: partition.changes.load(Ordering::Acquire),
+        mode: u32::from(child_cpuid::is_long(&core.state))
+            | u32::from(core.apic.mode() != Mode::Disabled) << 1,
+    };
+    let [a, b, c, d] = core.cpuid.get(&key, leaf, subleaf).unwrap_or_else(|| {
+        let inner = partition.inner.lock();
+        let guest = Guest::of(
+            &core.state,
+            &core.apic,
+            &inner.state,
+            Some(overrides(core.overrides)),
+        );
+        let result = child_cpuid::cpuid(leaf, subleaf, &host, &guest);
+        core.cpuid.put(&key, leaf, subleaf, result);
+        result
+    });
     run.skip();
     let gprs = &mut run.core.state.context.gprs;
     gprs[gpr::RBX] = b.into();
@@ -194,8 +208,8 @@ pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     run.hardware.rax(run.core, a.into());
 }
 
-/// RDMSR of a child.
-pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) {
+/// RDMSR of a child. True if it left alone what decides on the delivery of interrupts.
+pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     let number = run.core.state.context.gprs[gpr::RCX] as u32;
     msr_state(run, number);
     let partition = run.partition();
@@ -218,12 +232,14 @@ pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) {
         }
         Err(_) => run.general_protection(),
     }
+    !(0x800..=0x8ff).contains(&number)
 }
 
 /// Brings out what an access to the MSR needs: nothing but the mode for those that only the hypervisor keeps.
 fn msr_state<H: ChildHardware>(run: &mut Run<'_, H>, number: u32) {
     match number {
-        0x800..=0x8ff | 0x6e0 | 0x4000_0000..=0x4000_01ff => {
+        // Microcode revision, TSC deadline, x2APIC, and those of TLFS.
+        0x8b | 0x6e0 | 0x800..=0x8ff | 0x4000_0000..=0x4000_01ff => {
             run.peek();
         }
         _ => {
@@ -252,6 +268,7 @@ pub fn write_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> WriteEffect {
     if outcome == Ok(Effect::Partition) {
         outcome =
             child_msr::write_partition(number, value, &mut inner.state, &run.core.state.features);
+        partition.changes.fetch_add(1, Ordering::Release);
     }
     drop(inner);
     let Ok(effect) = outcome else {
@@ -455,6 +472,8 @@ impl<'a> View<'a> {
 
     /// Sets a register by its TLFS name. Returns what is left to do.
     pub fn set(&mut self, name: u32, value: [u64; 2]) -> Result<Effect, HvStatus> {
+        let partition = self.vp.partition.get();
+        partition.changes.fetch_add(1, Ordering::Release);
         self.registers().set(name, value)
     }
 
@@ -468,6 +487,8 @@ impl<'a> View<'a> {
 
     /// Takes the features anew from CPUID: after creation and after each registered result.
     pub fn update_features(&mut self) {
+        let partition = self.vp.partition.get();
+        partition.changes.fetch_add(1, Ordering::Release);
         self.core.state.features =
             Features::of(&host, self.partition, overrides(self.core.overrides));
     }
@@ -563,6 +584,7 @@ pub fn set_property(
     let initialized = inner.phase != crate::partition::Phase::Created;
     let effect = child_cpuid::set_property(code, value, initialized, &mut inner.state, rdtsc())?;
     let offset = inner.state.reference_base.wrapping_neg();
+    partition.changes.fetch_add(1, Ordering::Release);
     drop(inner);
     if effect == Effect::ReferenceTime {
         write_reference_page(info, cpu, partition, offset);

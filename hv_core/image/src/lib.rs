@@ -11,6 +11,7 @@ pub mod apic;
 pub mod arch;
 pub mod child_cpuid;
 pub mod child_msr;
+pub mod cpuid_cache;
 pub mod log;
 pub mod messages;
 pub mod register_page;

@@ -53,6 +53,8 @@ pub struct Partition {
     pub slat: AtomicU64,
     /// Incremented when a mapping became stricter: entries with an older one flush first.
     pub generation: AtomicU64,
+    /// Incremented when something changed that the results of CPUID depend on.
+    pub changes: AtomicU64,
     /// CPUs that use it at this moment, running VPs included.
     pub users: AtomicU32,
     /// SPA of each VP, 0 for none.
@@ -145,6 +147,7 @@ pub fn create(info: &BootInfo, state: PartitionState) -> Result<u64, HvStatus> {
             }),
             slat: AtomicU64::new(0),
             generation: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
             users: AtomicU32::new(0),
             vps: [const { AtomicU64::new(0) }; MAX_VPS],
         };
@@ -342,6 +345,7 @@ impl Partition {
         };
         vp.posted.publish(addressing);
         inner.state.vps += 1;
+        self.changes.fetch_add(1, Ordering::Release);
         slot.store(Handle::place(page, vp).spa(), Ordering::Release);
         Ok(())
     }
@@ -443,6 +447,9 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         vpid: 0,
         root_msrs: [0; 8],
         overrides: 0,
+        quiet: false,
+        timer_at: 0,
+        cpuid: crate::cpuid_cache::CpuidCache::new(),
     }
 }
 

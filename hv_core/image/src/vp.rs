@@ -5,6 +5,7 @@ use core::sync::atomic::AtomicU64;
 
 use crate::apic::{LocalApic, Posted};
 use crate::arch::object::{Handle, Owned};
+use crate::cpuid_cache::CpuidCache;
 use crate::partition::Partition;
 use crate::vp_state::VpState;
 
@@ -46,6 +47,12 @@ pub struct VpCore {
     pub root_msrs: [u64; 8],
     /// SPA of the results of CPUID that the VMM registered.
     pub overrides: u64,
+    /// At the last entry nothing waited for delivery, and no exit since then changed that.
+    pub quiet: bool,
+    /// Host TSC at which the VP's next timer expires, as of the last entry.
+    pub timer_at: u64,
+    /// What CPUID said last.
+    pub cpuid: CpuidCache,
 }
 
 /// A VP in its page.

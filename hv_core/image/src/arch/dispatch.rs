@@ -55,6 +55,7 @@ pub fn dispatch<W: WorldSwitch>(
     core.state.explicit_suspend = false;
     core.state.intercept_suspend = false;
     core.state.tsc_read = None;
+    core.quiet = false;
     let address = &raw const core.state.context as u64;
     let first = area.last_child != address;
     let mut run = Run {

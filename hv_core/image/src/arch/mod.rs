@@ -265,9 +265,11 @@ pub enum ChildExit {
 pub trait ChildHardware {
     /// Registers into the structure.
     fn load(&mut self, core: &VpCore);
+    /// General registers, RIP and RFLAGS into the structure, where all others are up to date.
+    fn load_general(&mut self, core: &VpCore);
     /// Registers out of the structure.
     fn store(&mut self, core: &mut VpCore);
-    /// Only the mode: CR0, CR4, EFER, RIP and the privilege level (SS.DPL), for exits that need no more.
+    /// Only the mode: CR0, CR4, EFER, RIP, the rights of CS and the privilege level (SS.DPL), for exits that need no more.
     fn peek(&mut self, core: &mut VpCore);
     /// First thing after an exit: what the exit interrupted, and the task priority.
     fn after_exit(&mut self, core: &mut VpCore);

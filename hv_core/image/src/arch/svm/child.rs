@@ -83,6 +83,15 @@ impl SvmChild<'_> {
 }
 
 impl ChildHardware for SvmChild<'_> {
+    fn load_general(&mut self, core: &VpCore) {
+        let s = &core.state;
+        let v = &mut *self.vmcb;
+        v.rax = s.context.gprs[0];
+        v.rsp = s.context.gprs[RSP];
+        v.rip = s.rip;
+        v.rflags = s.rflags | 2;
+    }
+
     fn load(&mut self, core: &VpCore) {
         let s = &core.state;
         let v = &mut *self.vmcb;
@@ -189,6 +198,7 @@ impl ChildHardware for SvmChild<'_> {
         s.cr4 = v.cr4;
         s.efer = v.efer & !efer::SVME;
         s.rip = v.rip;
+        s.segments[segment::CS].rights = from_vmcb(v.cs).rights;
         s.segments[segment::SS].rights = u32::from(v.cpl & 3) << 5 | 0x93;
     }
 
@@ -200,8 +210,11 @@ impl ChildHardware for SvmChild<'_> {
             v.interrupt_control &= !(V_IRQ | V_INTR_PRIORITY | V_IGNORE_TPR);
             v.intercepts[3] &= !intercept::W3_VINTR;
         }
-        core.apic
-            .set_tpr(((v.interrupt_control & V_TPR) << 4) as u8 | core.apic.tpr() & 0xf);
+        let priority = ((v.interrupt_control & V_TPR) << 4) as u8 | core.apic.tpr() & 0xf;
+        if priority != core.apic.tpr() {
+            core.apic.set_tpr(priority);
+            core.quiet = false;
+        }
         // What an exit interrupted is delivered again, in VMX form: the types agree but for software
         // interrupts, which AMD-V delivers again by itself.
         let info = v.exit_interrupt_info;

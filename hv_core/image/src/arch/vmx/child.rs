@@ -325,11 +325,16 @@ fn set_efer(value: u64, cr0_value: u64) {
 }
 
 impl ChildHardware for VmxChild {
-    fn load(&mut self, core: &VpCore) {
+    fn load_general(&mut self, core: &VpCore) {
         let s = &core.state;
         write(field::GUEST_RSP, s.context.gprs[RSP]);
         write(field::GUEST_RIP, s.rip);
         write(field::GUEST_RFLAGS, s.rflags & 0x3f_7fd7 | 2);
+    }
+
+    fn load(&mut self, core: &VpCore) {
+        self.load_general(core);
+        let s = &core.state;
         set_cr0(s.cr0);
         set_cr4(s.cr4);
         set_efer(s.efer, s.cr0);
@@ -393,6 +398,7 @@ impl ChildHardware for VmxChild {
         s.cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
         s.efer = read(field::GUEST_EFER);
         s.rip = read(field::GUEST_RIP);
+        s.segments[segment::CS].rights = read(field::GUEST_CS_RIGHTS) as u32;
         s.segments[segment::SS].rights = read(field::GUEST_SS_RIGHTS) as u32;
     }
 
