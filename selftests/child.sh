@@ -4,7 +4,6 @@
 
 log=/tmp/child.log
 verbosity=quiet
-sum=$(dd if=/dev/zero bs=1M count=64 2>/dev/null | sha256sum)
 
 # child VPS COMMAND...: COMMAND (vmwp, or hvctl run) boots a child with so many VPs. What child and worker say is printed as it
 # comes, and kept in $log. The status is the command's.
@@ -18,6 +17,9 @@ child() {
 	} | tee $log
 	return "$(cat /tmp/child.status)"
 }
+
+# The checksum that the child computes, too, in $sum.
+compute_sum() { sum=$(dd if=/dev/zero bs=1M count=64 2>/dev/null | sha256sum); }
 
 # Every one of $1 VPs computed the sum that the root computed.
 sums() {

@@ -3,6 +3,7 @@
 # Runs the tests beside it on this machine, as root, in the manner of the kernel's script of that name:
 #   run_kselftest.sh [-l] [-t FOLDER:TEST]...     -l lists them, -t runs one
 # The modules are the installed ones, or those in the folder $MODULES. The status is 1 when a test failed.
+[ -z "${MODULES:-}" ] || MODULES=$(cd "$MODULES" && pwd) || exit 1
 cd "$(dirname "$0")" || exit 1
 PATH=$PATH:/usr/sbin:/sbin
 here=$PWD
@@ -20,7 +21,7 @@ done
 
 if [ -n "${MODULES:-}" ]; then
 	export MODULES PATH="$here/bin:$PATH"
-	module=$(find -L "$MODULES" -name hv_core.ko | head -n 1)
+	module=$(find "$MODULES/" -name hv_core.ko | head -n 1)
 else
 	module=$(modinfo -F filename hv_core 2>/dev/null)
 fi
@@ -52,7 +53,8 @@ why_not() {
 	if [ -z "$module" ]; then echo "hv_core.ko is not installed, and not in MODULES"; return; fi
 	built=$(modinfo -F vermagic "$module")
 	if [ "${built%% *}" != "$(uname -r)" ]; then echo "hv_core.ko is for the kernel ${built%% *}"; return; fi
-	if grep -q '^hv_core ' /proc/modules; then echo "hv_core is loaded"; fi
+	loaded=$(sed -nE 's/^(hv_core|kvm_intel|kvm_amd) .*/\1/p' /proc/modules | head -n 1)
+	if [ -n "$loaded" ]; then echo "$loaded is loaded: modprobe -r $loaded"; fi
 }
 
 echo "TAP version 13"

@@ -6,6 +6,7 @@
 # Timeout: 240
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../child.sh"
+compute_sum
 
 ktap_print_header
 # Bochs takes minutes for one boot.

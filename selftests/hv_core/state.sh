@@ -45,6 +45,13 @@ extension_is_hidden_in_msrs() {
 	esac
 }
 
+# VT-x gives an instruction's length; AMD-V the address after it, where CPUID 8000_000Ah says so (EDX bit 3).
+next_instruction_is_known() {
+	case $HV_BED in
+	svm*) [ $(($(field /tmp/cpuid.native 8000000a 5) >> 3 & 1)) = 1 ] ;;
+	esac
+}
+
 unknown_msr_faults() { ! $probe msr 0 40000000; }
 
 # Which signal a user program gets. A difference on AMD-V is known: beneath the image EFER.SVME is set in hardware, so that
@@ -91,10 +98,11 @@ ktap_test_result "cpuid_says_microsoft" vendor_is_microsoft
 ktap_test_result "msrs_hide_the_extension" extension_is_hidden_in_msrs
 ktap_test_result "unknown_msr_faults" unknown_msr_faults
 ktap_test_result "single_step_traps_at_the_same_places" diff /tmp/step.native /tmp/step.launched
-case $HV_BED in
-svm) ktap_test_skip "prefixed_cpuid_works" "this processor does not save the address of the next instruction" ;;
-*) ktap_test_result "prefixed_cpuid_works" $probe prefix ;;
-esac
+if next_instruction_is_known; then
+	ktap_test_result "prefixed_cpuid_works" $probe prefix
+else
+	ktap_test_skip "prefixed_cpuid_works" "this processor does not save the address of the next instruction"
+fi
 ktap_test_result "instructions_raise_the_same_signals" same_signals
 ktap_test_result "xsetbv_is_checked_launched" xsetbv_is_checked
 
