@@ -13,7 +13,7 @@ fuzz="$(dirname "$0")/mshv_fuzz"
 [ -x "$fuzz" ] || ktap_skip_all "mshv_fuzz was not built"
 case $HV_BED in
 svm) rounds=${fuzz_rounds:-12} ;;
-*) rounds=${fuzz_rounds:-2} ;;
+*) rounds=${fuzz_rounds:-4} ;;
 esac
 if [ -n "${fuzz_seconds:-}" ]; then
 	length="seconds=$fuzz_seconds"

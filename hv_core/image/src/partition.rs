@@ -436,6 +436,7 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         control: 0,
         pages: [0; 3],
         last_cpu: u32::MAX,
+        host_cpu: u32::MAX,
         in_hardware: false,
         dirty: true,
         prepared: false,

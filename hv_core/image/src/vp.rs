@@ -24,6 +24,8 @@ pub struct VpCore {
     pub pages: [u64; 3],
     /// CPU on which the VP ran last.
     pub last_cpu: u32,
+    /// VT-x: CPU whose host state the VMCS holds. A dispatch that does not enter changes it and not `last_cpu`.
+    pub host_cpu: u32,
     /// The VMCS or VMCB is newer than `state`.
     pub in_hardware: bool,
     /// `state` has changes that the VMCS or VMCB lacks.

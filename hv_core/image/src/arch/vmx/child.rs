@@ -119,7 +119,7 @@ const HOST_FIELDS: [u32; 22] = [
 impl VmxChild {
     /// Makes the VMCS of a VP current on this CPU, setting it up the first time.
     pub fn open(area: &CpuArea, info: &'static BootInfo, core: &mut VpCore, slat: u64) -> Self {
-        let moved = core.last_cpu != area.cpu || !core.prepared;
+        let moved = core.host_cpu != area.cpu;
         // The root's VMCS is current here.
         let host = if moved {
             HOST_FIELDS.map(read)
@@ -141,6 +141,7 @@ impl VmxChild {
             for (number, value) in HOST_FIELDS.into_iter().zip(host) {
                 write(number, value);
             }
+            core.host_cpu = area.cpu;
         }
         if !core.prepared {
             this.prepare(slat, core.vpid);
