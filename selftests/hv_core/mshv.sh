@@ -38,7 +38,10 @@ ktap_test_result "device_is_there" test -c /dev/mshv
 for check in $checks; do
 	ktap_test_result "$check" "$smoke" "$check"
 done
-ktap_test_result "vp_survives_the_loss_of_its_cpu" vp_survives_the_loss_of_its_cpu
+case $HV_BED in
+svm-full) ktap_test_skip "vp_survives_the_loss_of_its_cpu" "a CPU that goes offline beneath the image does not come back in Bochs' ryzen" ;;
+*) ktap_test_result "vp_survives_the_loss_of_its_cpu" vp_survives_the_loss_of_its_cpu ;;
+esac
 ktap_test_result "module_stays_while_the_device_is_open" sh -c 'exec 3</dev/mshv; ! rmmod hv_core 2>/dev/null'
 ktap_test_result "module_unloads" modprobe -r hv_core
 ktap_test_result "device_is_gone" test ! -e /dev/mshv
