@@ -6,7 +6,11 @@
 # Timeout: 300
 . "$(dirname "$0")/child.sh"
 
-vps=2
+# On VT-x a Linux child with two VPs does not come up yet.
+case $HV_BED in
+vmx*) vps=1 ;;
+*) vps=2 ;;
+esac
 verbosity=loglevel=6
 
 step() { echo "#### step $*"; }

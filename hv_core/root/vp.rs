@@ -300,14 +300,14 @@ impl Vp {
 
     /// Sleeps until somebody kicks it, or its next timer or the end of the run comes.
     fn sleep(&self, bound: u64, armed: &mut Armed) -> Result {
+        // Whatever it was set to may have ended before the reset.
+        armed.cpu = NOWHERE;
         self.alarm.reset();
         fence(Ordering::SeqCst);
         if self.kicked.load(Ordering::SeqCst) || self.run_page().signal.load(Ordering::Acquire) != 0
         {
             return Ok(());
         }
-        // Set anew in any case: it may have ended before the reset.
-        armed.cpu = NOWHERE;
         self.set_alarm(bound, armed);
         self.alarm.wait()
     }
