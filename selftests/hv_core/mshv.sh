@@ -1,6 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # /dev/mshv as clients use it: partitions with small guests, and everything that must be refused.
+# Not on svm-full: Bochs' ryzen does not end a child with interrupts off when the root's interrupt comes.
+# Beds: svm vmx*
 # Timeout: 120
 . "$(dirname "$0")/../ktap.sh"
 
@@ -38,10 +40,7 @@ ktap_test_result "device_is_there" test -c /dev/mshv
 for check in $checks; do
 	ktap_test_result "$check" "$smoke" "$check"
 done
-case $HV_BED in
-svm-full) ktap_test_skip "vp_survives_the_loss_of_its_cpu" "a CPU that goes offline beneath the image does not come back in Bochs' ryzen" ;;
-*) ktap_test_result "vp_survives_the_loss_of_its_cpu" vp_survives_the_loss_of_its_cpu ;;
-esac
+ktap_test_result "vp_survives_the_loss_of_its_cpu" vp_survives_the_loss_of_its_cpu
 ktap_test_result "module_stays_while_the_device_is_open" sh -c 'exec 3</dev/mshv; ! rmmod hv_core 2>/dev/null'
 ktap_test_result "module_unloads" modprobe -r hv_core
 ktap_test_result "device_is_gone" test ! -e /dev/mshv
