@@ -42,4 +42,25 @@ mark() {
 log_since() { dmesg | sed "1,/hvtest: mark $(cat /tmp/mark)\$/d"; }
 log_has() { log_since | grep -E "$1"; }
 
+# Free memory with what the kernel gives back on demand (caches, reclaimable slab, the lists of free pages of each CPU), in
+# KiB; then the slab that it cannot give back.
+memory() {
+	sync
+	echo 3 >/proc/sys/vm/drop_caches
+	sleep 2
+	awk '$1 == "count:" { free += $2 * 4 } /^(MemFree|Cached|Buffers|SReclaimable):/ { free += $2 } /^SUnreclaim:/ { slab = $2 } END { print free, slab }' /proc/meminfo /proc/zoneinfo
+}
+
+# nothing_leaked KIB: between /tmp/memory.before and /tmp/memory.after less than that was lost. The tolerance is for pages and
+# slabs that are not full.
+nothing_leaked() {
+	local free slab free_after slab_after
+	read -r free slab </tmp/memory.before
+	read -r free_after slab_after </tmp/memory.after
+	echo "free $free, then $free_after KiB; slab $slab, then $slab_after KiB"
+	[ $((free - free_after)) -lt "$1" ] && [ $((slab_after - slab)) -lt "$1" ]
+}
+
+no_partition_is_left() { grep -o '"partitions":\[[^]]*\]' $status_file && grep -q '"partitions":\[\]' $status_file; }
+
 launched() { [ -e $status_file ] && [ "$(status state | head -n 1)" = launched ]; }
