@@ -116,7 +116,10 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         private::SHOW_REGISTERS if control.is_fast() => {
             let gprs = &p.context().gprs;
             let (partition, index) = (gprs[gpr::RDX], gprs[gpr::R8] as u32);
-            p.show_registers(partition, index)
+            match p.show_registers(partition, index) {
+                Ok(()) => HvStatus::SUCCESS,
+                Err(status) => status,
+            }
         }
         _ if control.is_fast() => HvStatus::INVALID_HYPERCALL_CODE,
         _ => {
@@ -365,8 +368,8 @@ mod tests {
         ) -> Result<Option<hv_abi::hypercall::DispatchEvent>, HvStatus> {
             Err(HvStatus::INVALID_PARTITION_ID)
         }
-        fn show_registers(&mut self, _: u64, _: u32) -> HvStatus {
-            HvStatus::INVALID_PARTITION_ID
+        fn show_registers(&mut self, _: u64, _: u32) -> Result<(), HvStatus> {
+            Err(HvStatus::INVALID_PARTITION_ID)
         }
         fn fault(&mut self, _: u64) {}
         fn leave(&mut self) -> ! {

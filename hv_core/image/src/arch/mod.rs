@@ -172,7 +172,7 @@ pub trait Processor {
         step: u8,
     ) -> Result<Option<DispatchEvent>, HvStatus>;
     /// Fills the register page of a VP.
-    fn show_registers(&mut self, partition: u64, index: u32) -> HvStatus;
+    fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus>;
     /// Faults in the way `how` names (test aid).
     fn fault(&mut self, how: u64);
     /// Returns the CPU to native operation at the current instruction.

@@ -93,12 +93,9 @@ impl ChildHardware for SvmChild<'_> {
     }
 
     fn load(&mut self, core: &VpCore) {
+        self.load_general(core);
         let s = &core.state;
         let v = &mut *self.vmcb;
-        v.rax = s.context.gprs[0];
-        v.rsp = s.context.gprs[RSP];
-        v.rip = s.rip;
-        v.rflags = s.rflags | 2;
         v.cr0 = s.cr0;
         v.cr2 = s.cr2;
         v.cr3 = s.cr3;

@@ -339,11 +339,8 @@ impl Processor for Svm<'_> {
         dispatch::dispatch::<Switch>(self.area, partition, index, step)
     }
 
-    fn show_registers(&mut self, partition: u64, index: u32) -> HvStatus {
-        match dispatch::show_registers(pull, 0, partition, index) {
-            Ok(()) => HvStatus::SUCCESS,
-            Err(status) => status,
-        }
+    fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus> {
+        dispatch::show_registers(pull, 0, partition, index)
     }
 
     fn leave(&mut self) -> ! {

@@ -482,11 +482,8 @@ impl Processor for Vmx<'_> {
         dispatch::dispatch::<Switch>(self.area, partition, index, step)
     }
 
-    fn show_registers(&mut self, partition: u64, index: u32) -> HvStatus {
-        match dispatch::show_registers(pull, self.area.root.control_spa, partition, index) {
-            Ok(()) => HvStatus::SUCCESS,
-            Err(status) => status,
-        }
+    fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus> {
+        dispatch::show_registers(pull, self.area.root.control_spa, partition, index)
     }
 
     fn leave(&mut self) -> ! {
