@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # /dev/mshv as clients use it: partitions with small guests, and everything that must be refused.
 # Not on svm-full: Bochs' ryzen does not end a child with interrupts off when the root's interrupt comes.
-# Beds: svm vmx*
+# Beds: svm vmx vmx-skylake vmx-arrow
 # Timeout: 120
 . "$(dirname "$0")/../ktap.sh"
 
