@@ -158,6 +158,7 @@ sound: driver=dummy
 log: {work}/bochs.log
 panic: action=fatal
 error: action=report
+info: action=ignore
 """)
         return ["bochs", "-q", "-f", f"{work}/bochsrc"]
 
