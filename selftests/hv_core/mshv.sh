@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # /dev/mshv as clients use it: partitions with small guests, and everything that must be refused.
-# Not on svm-full: Bochs' ryzen does not end a child with interrupts off when the root's interrupt comes.
+# Not on svm-full: Bochs sets the guest's flags before it knows that it enters one, so V_INTR_MASKING does not count yet and a
+# guest that starts with IF clear masks the root's interrupts until it changes IF.
 # Beds: svm vmx vmx-skylake vmx-arrow
 # Timeout: 120
 . "$(dirname "$0")/../ktap.sh"
@@ -38,6 +39,12 @@ ktap_set_plan $((6 + $(echo "$checks" | wc -l)))
 ktap_test_result "module_loads" modprobe hv_core
 ktap_test_result "device_is_there" test -c /dev/mshv
 for check in $checks; do
+	case $HV_BED/$check in
+	svm/*_recurses_in_debug_exceptions_*)
+		ktap_test_skip "$check" "QEMU aborts when a breakpoint is hit while it delivers an exception"
+		continue
+		;;
+	esac
 	ktap_test_result "$check" "$smoke" "$check"
 done
 ktap_test_result "vp_survives_the_loss_of_its_cpu" vp_survives_the_loss_of_its_cpu

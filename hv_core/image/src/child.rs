@@ -22,10 +22,16 @@ use crate::vp_state::VpState;
 
 /// Vectors of the exceptions that the hypervisor raises.
 pub mod exception {
+    /// #DB.
+    pub const DEBUG: u8 = 1;
     /// #UD.
     pub const UNDEFINED: u8 = 6;
     /// #GP.
     pub const GENERAL_PROTECTION: u8 = 13;
+    /// #AC.
+    pub const ALIGNMENT_CHECK: u8 = 17;
+    /// Those that exit: bits of the vectors.
+    pub const INTERCEPTED: u32 = 1 << DEBUG | 1 << ALIGNMENT_CHECK;
 }
 
 /// One VP on one CPU.
@@ -167,6 +173,16 @@ impl<H: ChildHardware> Run<'_, H> {
                 self.core.quiet = quiet;
             }
             ChildExit::Undefined => self.raise(exception::UNDEFINED, None),
+            ChildExit::Exception { info, error } => {
+                // An interrupt or NMI whose delivery it cut short must not get lost; then the exception comes again. Anything
+                // else comes again after the exception's handler (neither is contributory: SDM table 7-5).
+                let (cut, _) = self.core.requeue;
+                if cut >> 31 == 0 || !matches!(cut >> 8 & 7, 0 | 2) {
+                    self.core.requeue = (info, error);
+                }
+                // If its delivery raises it again, it comes before anything from outside: the root would never get a turn.
+                return Next::Root(DispatchEvent::Interrupt);
+            }
             ChildExit::TripleFault => {
                 self.core.shut_down = true;
             }

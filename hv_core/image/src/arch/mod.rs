@@ -252,6 +252,14 @@ pub enum ChildExit {
     Nop,
     /// An instruction that does not exist for a child.
     Undefined,
+    /// #DB or #AC, in the form of [`ChildHardware::inject`]. The guest gets it; it exits because a guest could recurse in its
+    /// delivery without an end, out of reach of interrupts.
+    Exception {
+        /// Event.
+        info: u32,
+        /// Its error code.
+        error: u32,
+    },
     /// Triple fault.
     TripleFault,
     /// The processor refused the registers.

@@ -51,13 +51,15 @@ unsafe fn xrstor(area: *mut u8, mask: u64) {
 
 macro_rules! debug_register {
     ($read:ident, $write:ident, $name:literal) => {
-        fn $read() -> u64 {
+        /// Reads it.
+        pub fn $read() -> u64 {
             let value;
             // SAFETY: the image runs at CPL 0 with DR7 without general detect.
             unsafe { asm!(concat!("mov {}, ", $name), out(reg) value, options(nomem, nostack)) };
             value
         }
-        fn $write(value: u64) {
+        /// Writes it.
+        pub fn $write(value: u64) {
             // SAFETY: DR7 is 0x400 in the image, so no breakpoint is armed here.
             unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value, options(nomem, nostack)) };
         }

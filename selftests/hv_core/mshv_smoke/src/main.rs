@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 16] = [
+const CHECKS: [Check; 19] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -54,6 +54,18 @@ const CHECKS: [Check; 16] = [
     (
         "run_of_a_busy_vp_ends_in_time",
         run_of_a_busy_vp_ends_in_time,
+    ),
+    (
+        "debug_exceptions_reach_the_guest",
+        exceptions::debug_exceptions_reach_the_guest,
+    ),
+    (
+        "alignment_checks_reach_the_guest",
+        exceptions::alignment_checks_reach_the_guest,
+    ),
+    (
+        "run_of_a_vp_that_recurses_in_debug_exceptions_ends_in_time",
+        exceptions::run_of_a_vp_that_recurses_in_debug_exceptions_ends_in_time,
     ),
     ("interrupt_wakes_a_halted_vp", interrupt_wakes_a_halted_vp),
     ("event_asserts_an_interrupt", event_asserts_an_interrupt),
@@ -102,6 +114,8 @@ macro_rules! ensure {
         }
     };
 }
+
+mod exceptions;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {
     #[rustfmt::skip]

@@ -8,6 +8,7 @@ use hv_x86::vmcb::{exit, intercept, Vmcb, VmcbSegment};
 
 use super::{vmload, vmsave};
 use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::child::exception;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, RSP};
 
@@ -27,6 +28,9 @@ const TYPE_NMI: u64 = 2;
 const TYPE_EXCEPTION: u64 = 3;
 const VALID: u64 = 1 << 31;
 const WITH_ERROR: u64 = 1 << 11;
+/// Exit codes of the exceptions that exit.
+const DEBUG: u64 = exit::EXCEPTION + exception::DEBUG as u64;
+const ALIGNMENT_CHECK: u64 = exit::EXCEPTION + exception::ALIGNMENT_CHECK as u64;
 
 /// The VMCB of a child.
 pub struct SvmChild<'a> {
@@ -60,6 +64,7 @@ impl SvmChild<'_> {
     /// Sets up a new block: everything exits that the root or the hypervisor must see.
     pub fn prepare(&mut self, slat: u64) {
         let v = &mut *self.vmcb;
+        v.intercepts[2] = exception::INTERCEPTED;
         v.intercepts[3] = intercept::W3_INTR
             | intercept::W3_NMI
             | intercept::W3_SMI
@@ -257,6 +262,19 @@ impl ChildHardware for SvmChild<'_> {
                 gva: None,
             },
             exit::INVD | 0x89 => ChildExit::Nop,
+            DEBUG => {
+                // DR6 has the causes already (APM 15.12.2).
+                self.vmcb.interrupt_shadow = 0;
+                ChildExit::Exception {
+                    info: (VALID | TYPE_EXCEPTION << 8) as u32 | u32::from(exception::DEBUG),
+                    error: 0,
+                }
+            }
+            ALIGNMENT_CHECK => ChildExit::Exception {
+                info: (VALID | TYPE_EXCEPTION << 8 | WITH_ERROR) as u32
+                    | u32::from(exception::ALIGNMENT_CHECK),
+                error: v.exit_info_1 as u32,
+            },
             exit::SHUTDOWN => ChildExit::TripleFault,
             exit::INVLPGA | exit::VMRUN | 0x82..=exit::SKINIT | 0x8a..=0x8c => ChildExit::Undefined,
             exit::INVALID => ChildExit::InvalidState,

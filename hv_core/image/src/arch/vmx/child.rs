@@ -13,7 +13,9 @@ use hv_x86::vmcs::{
 use super::{invept, read, write};
 use crate::arch::cpu::{rdmsr, resend_nmi, wrmsr};
 use crate::arch::memory::direct;
+use crate::arch::switch::{dr6, set_dr6};
 use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::child::exception;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, VpState, RSP};
 
@@ -40,6 +42,14 @@ const TYPE_NMI: u32 = 2;
 const TYPE_EXCEPTION: u32 = 3;
 const VALID: u32 = 1 << 31;
 const WITH_ERROR: u32 = 1 << 11;
+/// In the information about an exception and in the qualification of an EPT violation.
+const UNBLOCKED_BY_IRET: u32 = 1 << 12;
+/// Restricted transactional memory, clear if the exception was in such a region.
+const DR6_RTM: u64 = 1 << 16;
+/// General detect.
+const DR7_GD: u64 = 1 << 13;
+/// Last branch records.
+const DEBUGCTL_LBR: u64 = 1;
 
 /// How often a child that nothing interrupts comes back to the root.
 const RUNS_PER_SECOND: u64 = 200;
@@ -201,8 +211,8 @@ impl VmxChild {
         write(field::LINK_POINTER, u64::MAX);
         write(field::CR0_MASK, CR0_OWNED);
         write(field::CR4_MASK, !CR4_FREE);
+        write(field::EXCEPTION_BITMAP, exception::INTERCEPTED.into());
         for zero in [
-            field::EXCEPTION_BITMAP,
             field::PAGE_FAULT_MASK,
             field::PAGE_FAULT_MATCH,
             field::CR3_TARGET_COUNT,
@@ -325,6 +335,48 @@ fn set_efer(value: u64, cr0_value: u64) {
     write(field::ENTRY_CONTROLS, entry);
 }
 
+/// An IRET that faulted has already ended the blocking of NMIs, which begins anew (SDM 28.2.3).
+fn block_nmis_again(unblocked: bool) {
+    if unblocked && read(field::VECTORING_INFORMATION) as u32 & VALID == 0 {
+        let old = read(field::GUEST_INTERRUPTIBILITY);
+        write(field::GUEST_INTERRUPTIBILITY, old | BLOCKING_NMI);
+    }
+}
+
+/// Tells NMIs from exceptions. What an exception's delivery would have changed is changed here (SDM 28.1, 19.2.3).
+fn exception_or_nmi() -> ChildExit {
+    let info = read(field::EXIT_INTERRUPTION) as u32;
+    if info >> 8 & 7 == TYPE_NMI {
+        return ChildExit::Nmi;
+    }
+    if info & 0xff == exception::DEBUG.into() {
+        // B0-B3, BD and BS as in DR6; RTM the other way round.
+        let causes = read(field::EXIT_QUALIFICATION);
+        set_dr6(dr6() & !(0xf | DR6_RTM) | causes & 0x600f | !causes & DR6_RTM);
+        write(field::GUEST_DR7, read(field::GUEST_DR7) & !DR7_GD);
+        write(
+            field::GUEST_DEBUGCTL,
+            read(field::GUEST_DEBUGCTL) & !DEBUGCTL_LBR,
+        );
+        // With a shadow and TF the entry would want a trap that is pending; the exception ends the shadow.
+        let shadow = read(field::GUEST_INTERRUPTIBILITY);
+        write(
+            field::GUEST_INTERRUPTIBILITY,
+            shadow & !(BLOCKING_STI | BLOCKING_MOVSS),
+        );
+        // INT1 is a trap behind its instruction.
+        write(
+            field::ENTRY_INSTRUCTION_LENGTH,
+            read(field::EXIT_INSTRUCTION_LENGTH),
+        );
+    }
+    block_nmis_again(info & UNBLOCKED_BY_IRET != 0);
+    ChildExit::Exception {
+        info: info & !UNBLOCKED_BY_IRET,
+        error: read(field::EXIT_ERROR_CODE) as u32,
+    }
+}
+
 impl ChildHardware for VmxChild {
     fn load_general(&mut self, core: &VpCore) {
         let s = &core.state;
@@ -434,7 +486,7 @@ impl ChildHardware for VmxChild {
         }
         match full & 0xffff {
             reason::EXTERNAL_INTERRUPT | reason::PREEMPTION_TIMER => ChildExit::ExternalInterrupt,
-            reason::EXCEPTION_OR_NMI => ChildExit::Nmi,
+            reason::EXCEPTION_OR_NMI => exception_or_nmi(),
             reason::INTERRUPT_WINDOW => ChildExit::Window,
             reason::NMI_WINDOW => ChildExit::Window,
             reason::CPUID => ChildExit::Cpuid,
@@ -480,6 +532,7 @@ impl ChildHardware for VmxChild {
             }
             reason::EPT_VIOLATION => {
                 let q = read(field::EXIT_QUALIFICATION);
+                block_nmis_again(q as u32 & UNBLOCKED_BY_IRET != 0);
                 ChildExit::Fault {
                     gpa: read(field::GUEST_PHYSICAL_ADDRESS),
                     write: q & 2 != 0,
