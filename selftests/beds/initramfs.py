@@ -99,12 +99,13 @@ def stripped(path, scratch):
 
 
 def make_child(out, tree):
-    """Writes the root file system of a child partition to `out`: busybox and selftests/child-init."""
+    """Writes the root file system of a child partition to `out`: busybox, checksum and selftests/child-init."""
     archive = Archive()
     archive.console()
     for name in ("proc", "sys", "dev"):
         archive.folder(name)
     archive.file("bin/busybox", Path(shutil.which("busybox")).read_bytes(), executable=True)
+    archive.file("bin/checksum", (Path(tree) / "build/selftests/hv_core/checksum").read_bytes(), executable=True)
     archive.file("init", (Path(tree) / "selftests/child-init").read_bytes(), executable=True)
     Path(out).write_bytes(gzip.compress(archive.bytes(), 9))
 

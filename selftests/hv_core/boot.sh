@@ -1,12 +1,12 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # A child partition boots the unmodified stock cloud kernel to user space, computes, and powers off.
-# Beds: svm
+# Beds: svm vmx
 # Child: stock
 # Timeout: 240
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../child.sh"
-compute_sum
+compute_sum "$(dirname "$0")/checksum"
 
 ktap_print_header
 ktap_set_plan 9
