@@ -12,7 +12,7 @@ use hv_abi::hypercall::{state_page, DispatchEvent, VpRunPage};
 use crate::apic::{DeliveryMode, Interrupt, IpiRequest, WriteEffect};
 use crate::arch::object::{page_bytes, shared, shared_read, shared_write};
 use crate::arch::switch::rdtsc;
-use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child_emulate as emulate;
 use crate::messages;
 use crate::partition::{Partition, RUN_PAGE};
@@ -102,12 +102,14 @@ impl<H: ChildHardware> Run<'_, H> {
     }
 
     /// Moves past the exiting instruction.
+    #[inline(always)]
     pub fn skip(&mut self) {
         let length = self.hardware.instruction_length();
         self.skip_by(length);
     }
 
     /// Moves past an instruction of that length.
+    #[inline(always)]
     pub fn skip_by(&mut self, length: u64) {
         if self.core.in_hardware {
             self.hardware.skip(self.core, length);
@@ -117,6 +119,36 @@ impl<H: ChildHardware> Run<'_, H> {
             state.interrupt_shadow = false;
             self.core.dirty = true;
         }
+    }
+
+    /// Finishes an exit if it is a simple one and the VP can go on as it was: without interrupts, timers and changes to its
+    /// registers. Whatever comes from outside meanwhile ends the run by an interrupt of the machine.
+    #[inline(always)]
+    pub fn finish_quickly(&mut self) -> bool {
+        if !self.core.quiet {
+            return false;
+        }
+        let Some(exit) = self.hardware.quick_exit(self.core) else {
+            return false;
+        };
+        let partition = self.partition();
+        if self.vp.posted.is_outstanding()
+            || self.core.seen_generation != partition.generation.load(Ordering::Acquire)
+        {
+            return false;
+        }
+        match exit {
+            QuickExit::Cpuid => emulate::cpuid_quickly(self),
+            QuickExit::Hypercall => emulate::hypercall_quickly(self),
+            QuickExit::MsrRead => emulate::read_msr_quickly(self),
+        }
+    }
+
+    /// Moves past the instruction of a quick exit, of `usual` bytes without prefixes.
+    #[inline(always)]
+    pub fn skip_quickly(&mut self, usual: u64) {
+        let length = self.hardware.quick_length(usual);
+        self.hardware.skip(self.core, length);
     }
 
     /// First part of an exit.
@@ -468,9 +500,9 @@ impl<H: ChildHardware> Run<'_, H> {
         self.core.told_deadline = deadline;
         let page = self.core.pages.get(RUN_PAGE).copied().unwrap_or(0);
         if page != 0 {
-            shared::<VpRunPage>(page)
-                .deadline
-                .store(deadline, Ordering::Release);
+            let shared = shared::<VpRunPage>(page);
+            shared.deadline.store(deadline, Ordering::Release);
+            shared.exits.store(self.core.exits, Ordering::Relaxed);
         }
     }
 

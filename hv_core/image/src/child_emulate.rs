@@ -173,6 +173,43 @@ pub fn translate(
     })
 }
 
+/// What the result of CPUID depends on.
+#[inline(always)]
+fn cpuid_key(core: &VpCore, cr4_value: u64, long: bool, changes: u64) -> Key {
+    Key {
+        cr4: cr4_value & (cr4::OSXSAVE | cr4::PKE),
+        xcr0: core.state.xcr0,
+        xss: core.state.xss,
+        changes,
+        mode: u32::from(long) | u32::from(core.apic.mode() != Mode::Disabled) << 1,
+    }
+}
+
+#[inline(always)]
+fn set_cpuid_result<H: ChildHardware>(run: &mut Run<'_, H>, [a, b, c, d]: [u32; 4]) {
+    let gprs = &mut run.core.state.context.gprs;
+    gprs[gpr::RBX] = b.into();
+    gprs[gpr::RCX] = c.into();
+    gprs[gpr::RDX] = d.into();
+    run.hardware.rax(run.core, a.into());
+}
+
+/// CPUID of a child, if the result is known.
+#[inline(always)]
+pub fn cpuid_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
+    let leaf = run.hardware.eax(run.core);
+    let subleaf = run.core.state.context.gprs[gpr::RCX] as u32;
+    let (cr4_value, long) = run.hardware.cr4_and_long();
+    let changes = run.partition().changes.load(Ordering::Acquire);
+    let key = cpuid_key(run.core, cr4_value, long, changes);
+    let Some(result) = run.core.cpuid.get(&key, leaf, subleaf) else {
+        return false;
+    };
+    run.skip_quickly(2);
+    set_cpuid_result(run, result);
+    true
+}
+
 /// CPUID of a child.
 pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     let gprs = &run.core.state.context.gprs;
@@ -180,15 +217,13 @@ pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     run.peek();
     let partition = run.partition();
     let core = &mut *run.core;
-    let key = Key {
-        cr4: core.state.cr4 & (cr4::OSXSAVE | cr4::PKE),
-        xcr0: core.state.xcr0,
-        xss: core.state.xss,
-        changes: partition.changes.load(Ordering::Acquire),
-        mode: u32::from(child_cpuid::is_long(&core.state))
-            | u32::from(core.apic.mode() != Mode::Disabled) << 1,
-    };
-    let [a, b, c, d] = core.cpuid.get(&key, leaf, subleaf).unwrap_or_else(|| {
+    let key = cpuid_key(
+        core,
+        core.state.cr4,
+        child_cpuid::is_long(&core.state),
+        partition.changes.load(Ordering::Acquire),
+    );
+    let result = core.cpuid.get(&key, leaf, subleaf).unwrap_or_else(|| {
         let inner = partition.inner.lock();
         let guest = Guest::of(
             &core.state,
@@ -201,11 +236,13 @@ pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
         result
     });
     run.skip();
-    let gprs = &mut run.core.state.context.gprs;
-    gprs[gpr::RBX] = b.into();
-    gprs[gpr::RCX] = c.into();
-    gprs[gpr::RDX] = d.into();
-    run.hardware.rax(run.core, a.into());
+    set_cpuid_result(run, result);
+}
+
+/// Whether an MSR is in no register: microcode revision, TSC deadline, and those of TLFS.
+#[inline(always)]
+const fn is_hidden(number: u32) -> bool {
+    matches!(number, 0x8b | 0x6e0 | 0x4000_0000..=0x4000_01ff)
 }
 
 /// RDMSR of a child. True if it left alone what decides on the delivery of interrupts.
@@ -235,16 +272,37 @@ pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     !(0x800..=0x8ff).contains(&number)
 }
 
+/// RDMSR of a child, if the MSR exists and nothing but the hypervisor knows its value.
+#[inline(always)]
+pub fn read_msr_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
+    let number = run.core.state.context.gprs[gpr::RCX] as u32;
+    if !is_hidden(number) {
+        return false;
+    }
+    let index = run.vp.index;
+    let inner = run.partition().inner.lock();
+    let on = Local {
+        vp: &mut run.core.state,
+        apic: &mut run.core.apic,
+        partition: &inner.state,
+        vp_index: index,
+        host_tsc: rdtsc(),
+    };
+    let value = child_msr::read(number, &on);
+    drop(inner);
+    let Ok(value) = value else { return false };
+    run.skip_quickly(2);
+    run.core.state.context.gprs[gpr::RDX] = value >> 32;
+    run.hardware.rax(run.core, value & 0xffff_ffff);
+    true
+}
+
 /// Brings out what an access to the MSR needs: nothing but the mode for those that only the hypervisor keeps.
 fn msr_state<H: ChildHardware>(run: &mut Run<'_, H>, number: u32) {
-    match number {
-        // Microcode revision, TSC deadline, x2APIC, and those of TLFS.
-        0x8b | 0x6e0 | 0x800..=0x8ff | 0x4000_0000..=0x4000_01ff => {
-            run.peek();
-        }
-        _ => {
-            run.pull();
-        }
+    if is_hidden(number) || (0x800..=0x8ff).contains(&number) {
+        run.peek();
+    } else {
+        run.pull();
     }
 }
 
@@ -345,22 +403,45 @@ fn write_reference_page(info: &BootInfo, cpu: u32, partition: &Partition, tsc_of
     write_guest(info, cpu, partition, msr & !0xfff, bytes);
 }
 
-/// A hypercall of the guest. None is offered yet beyond the hint that a lock is waited for.
-pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) {
+/// Whether the VP may make hypercalls in its mode, which is in `state` (TLFS 3.7).
+fn may_call(state: &VpState) -> bool {
+    state.segments[segment::SS].rights >> 5 & 3 == 0 && state.cr0 & 1 != 0
+}
+
+/// None is offered yet beyond the hint that a lock is waited for.
+#[inline(always)]
+fn do_hypercall<H: ChildHardware>(run: &mut Run<'_, H>) {
     const NOTIFY_LONG_SPIN_WAIT: u16 = 8;
-    let os_id = run.partition().inner.lock().state.guest_os_id;
-    let state = run.peek();
-    let privileged = state.segments[segment::SS].rights >> 5 & 3 == 0 && state.cr0 & 1 != 0;
-    if !privileged || os_id == 0 {
-        return run.raise(exception::UNDEFINED, None);
-    }
-    let control = Control(state.context.gprs[gpr::RCX]);
+    let control = Control(run.core.state.context.gprs[gpr::RCX]);
     let status = match control.code() {
         NOTIFY_LONG_SPIN_WAIT => HvStatus::SUCCESS,
         _ => HvStatus::INVALID_HYPERCALL_CODE,
     };
-    run.skip();
     run.hardware.rax(run.core, result(status, 0));
+}
+
+/// A hypercall of a guest that made one before, with the same identity.
+#[inline(always)]
+pub fn hypercall_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
+    let changes = run.partition().changes.load(Ordering::Acquire);
+    let known = run.core.identified == changes && run.hardware.is_kernel();
+    if known {
+        run.skip_quickly(3);
+        do_hypercall(run);
+    }
+    known
+}
+
+/// A hypercall of the guest.
+pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) {
+    let changes = run.partition().changes.load(Ordering::Acquire);
+    let os_id = run.partition().inner.lock().state.guest_os_id;
+    if !may_call(run.peek()) || os_id == 0 {
+        return run.raise(exception::UNDEFINED, None);
+    }
+    run.core.identified = changes;
+    run.skip();
+    do_hypercall(run);
 }
 
 /// XSETBV of a child.

@@ -68,7 +68,7 @@ impl CpuidCache {
     }
 
     /// The result of (`leaf`, `subleaf`), if it is known for this key.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub fn get(&self, key: &Key, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
         let place = Self::place(leaf, subleaf);

@@ -443,6 +443,8 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         shut_down: false,
         seen_generation: 0,
         told_deadline: u64::MAX,
+        exits: 0,
+        identified: u64::MAX,
         requeue: (0, 0),
         window_requested: false,
         vpid: 0,

@@ -38,6 +38,10 @@ pub struct VpCore {
     pub seen_generation: u64,
     /// Deadline that the root was told last, in host TSC.
     pub told_deadline: u64,
+    /// Exits so far.
+    pub exits: u64,
+    /// The partition's `changes` when it had an identity, at its last hypercall.
+    pub identified: u64,
     /// Event to deliver at the next entry because the last exit interrupted its delivery: entry
     /// interruption information in VMX form (SDM 26.8.3) and error code.
     pub requeue: (u32, u32),

@@ -34,6 +34,8 @@ pub trait WorldSwitch {
     fn to_child(area: &mut CpuArea, core: &mut VpCore);
     /// Takes it back for the root.
     fn to_root(area: &mut CpuArea, core: &mut VpCore);
+    /// Sets RAX of the root.
+    fn set_result(area: &mut CpuArea, rax: u64);
 }
 
 /// HvCallDispatchVp: `Ok(None)` if the child runs next, `Ok(Some(_))` if it cannot.
@@ -114,11 +116,34 @@ fn finish<H: ChildHardware>(run: &mut Run<'_, H>, event: DispatchEvent) {
 }
 
 /// An exit of the child that runs on this CPU. The context to resume is `area.current` afterwards.
+#[inline(always)]
 pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) {
     let info = boot();
     let vp = running(area.current);
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
     let mut core = unsafe { vp.core.resume() };
+    let hardware = W::current(info, &core);
+    core.exits = core.exits.wrapping_add(1);
+    let mut run = Run {
+        info,
+        cpu: area.cpu,
+        vp,
+        core: &mut core,
+        hardware,
+        first: false,
+    };
+    if run.finish_quickly() {
+        drop(run);
+        return core.keep();
+    }
+    drop(run);
+    any_exit::<W>(area, vp, core);
+}
+
+/// Apart from the quick ones, which need few registers.
+#[inline(never)]
+fn any_exit<W: WorldSwitch>(area: &mut CpuArea, vp: &'static Vp, mut core: Ownership<'_, VpCore>) {
+    let info = boot();
     let hardware = W::current(info, &core);
     let mut run = Run {
         info,
@@ -153,7 +178,7 @@ fn back_to_root<W: WorldSwitch>(
     drop(core);
     partition::end_use(vp.partition);
     area.current = &raw const area.root as u64;
-    area.root.gprs[gpr::RAX] = result(status, 0);
+    W::set_result(area, result(status, 0));
     area.root.gprs[gpr::RDX] = value;
 }
 

@@ -268,9 +268,23 @@ pub enum ChildExit {
     Unknown(u64),
 }
 
+/// An exit that general registers and the hypervisor's own state answer, of an instruction that nothing disturbed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuickExit {
+    /// CPUID.
+    Cpuid,
+    /// VMCALL or VMMCALL.
+    Hypercall,
+    /// RDMSR.
+    MsrRead,
+}
+
 /// The control structure of a child's VP.
 #[cfg(target_os = "none")]
 pub trait ChildHardware {
+    /// The exit, if it is one of those, no event was being delivered and none is due after the instruction (RFLAGS.TF). Nothing
+    /// else may be called after an exit before this or [`Self::after_exit`].
+    fn quick_exit(&mut self, core: &VpCore) -> Option<QuickExit>;
     /// Registers into the structure.
     fn load(&mut self, core: &VpCore);
     /// General registers, RIP and RFLAGS into the structure, where all others are up to date.
@@ -287,6 +301,14 @@ pub trait ChildHardware {
     fn instruction_length(&self) -> u64;
     /// Moves past it.
     fn skip(&mut self, core: &mut VpCore, length: u64);
+    /// At a quick exit: EAX.
+    fn eax(&self, core: &VpCore) -> u32;
+    /// At a quick exit: CR4, and whether the VP is in 64-bit mode.
+    fn cr4_and_long(&self) -> (u64, bool);
+    /// At a quick exit: whether the VP is at CPL 0 in protected mode.
+    fn is_kernel(&self) -> bool;
+    /// At a quick exit: length of the instruction, which is `usual` without prefixes.
+    fn quick_length(&self, usual: u64) -> u64;
     /// Sets RAX.
     fn rax(&mut self, core: &mut VpCore, value: u64);
     /// Delivers an event in VMX form (SDM 26.8.3) at the entry.

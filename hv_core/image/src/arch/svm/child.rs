@@ -7,7 +7,7 @@ use hv_x86::state::{Segment, UNUSABLE};
 use hv_x86::vmcb::{exit, intercept, Vmcb, VmcbSegment};
 
 use super::{vmload, vmsave};
-use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child::exception;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, RSP};
@@ -88,6 +88,25 @@ impl SvmChild<'_> {
 }
 
 impl ChildHardware for SvmChild<'_> {
+    #[inline(always)]
+    fn quick_exit(&mut self, core: &VpCore) -> Option<QuickExit> {
+        let v = &mut *self.vmcb;
+        let exit = match v.exit_code {
+            exit::CPUID => QuickExit::Cpuid,
+            exit::VMMCALL => QuickExit::Hypercall,
+            exit::MSR if v.exit_info_1 & 1 == 0 => QuickExit::MsrRead,
+            _ => return None,
+        };
+        if v.exit_interrupt_info & VALID != 0
+            || v.rflags & rflags::TF != 0
+            || v.interrupt_control & (V_IRQ | V_TPR) != u64::from(core.apic.tpr() >> 4)
+        {
+            return None;
+        }
+        v.tlb_control = 0;
+        Some(exit)
+    }
+
     fn load_general(&mut self, core: &VpCore) {
         let s = &core.state;
         let v = &mut *self.vmcb;
@@ -193,6 +212,7 @@ impl ChildHardware for SvmChild<'_> {
         s.interrupt_shadow = v.interrupt_shadow & 1 != 0;
     }
 
+    #[inline(always)]
     fn peek(&mut self, core: &mut VpCore) {
         let v = &*self.vmcb;
         let s = &mut core.state;
@@ -285,6 +305,7 @@ impl ChildHardware for SvmChild<'_> {
         }
     }
 
+    #[inline(always)]
     fn instruction_length(&self) -> u64 {
         let v = &*self.vmcb;
         if self.info.svm_next_rip != 0 && v.next_rip != 0 {
@@ -298,6 +319,7 @@ impl ChildHardware for SvmChild<'_> {
         }
     }
 
+    #[inline(always)]
     fn skip(&mut self, core: &mut VpCore, length: u64) {
         let v = &mut *self.vmcb;
         v.rip = v.rip.wrapping_add(length);
@@ -308,6 +330,35 @@ impl ChildHardware for SvmChild<'_> {
         }
     }
 
+    #[inline(always)]
+    fn eax(&self, _: &VpCore) -> u32 {
+        self.vmcb.rax as u32
+    }
+
+    #[inline(always)]
+    fn cr4_and_long(&self) -> (u64, bool) {
+        let v = &*self.vmcb;
+        // Bit 9 of the attributes is L.
+        let long = v.efer & efer::LMA != 0 && v.cs.attributes & 1 << 9 != 0;
+        (v.cr4, long)
+    }
+
+    #[inline(always)]
+    fn is_kernel(&self) -> bool {
+        self.vmcb.cpl == 0 && self.vmcb.cr0 & 1 != 0
+    }
+
+    #[inline(always)]
+    fn quick_length(&self, usual: u64) -> u64 {
+        let v = &*self.vmcb;
+        if v.next_rip != 0 {
+            v.next_rip.wrapping_sub(v.rip)
+        } else {
+            usual
+        }
+    }
+
+    #[inline(always)]
     fn rax(&mut self, core: &mut VpCore, value: u64) {
         self.vmcb.rax = value;
         core.state.context.gprs[0] = value;

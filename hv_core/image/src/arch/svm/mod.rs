@@ -110,6 +110,10 @@ impl WorldSwitch for Switch {
         vmsave(core.control);
         vmload(area.root.control_spa);
     }
+
+    fn set_result(area: &mut CpuArea, rax: u64) {
+        vmcb_at(area.root.control).rax = rax;
+    }
 }
 
 /// Brings the registers of a VP that this CPU owns out of its VMCB.
@@ -129,12 +133,13 @@ fn pull(_: u64, core: &mut VpCore) {
 extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
     if area.current != &raw const area.root as u64 {
         dispatch::child_exit::<Switch>(area);
-        if area.current == &raw const area.root as u64 {
-            let rax = area.root.gprs[gpr::RAX];
-            vmcb_at(area.root.control).rax = rax;
-        }
         return dispatch::context(area);
     }
+    root_exit(area)
+}
+
+#[inline(never)]
+fn root_exit(area: &mut CpuArea) -> *const VpContext {
     let on = cpu::root_cpu(area);
     let mut processor = Svm::root(area);
     processor.area.root.gprs[gpr::RAX] = processor.vmcb.rax;

@@ -14,7 +14,7 @@ use super::{invept, read, write};
 use crate::arch::cpu::{rdmsr, resend_nmi, wrmsr};
 use crate::arch::memory::direct;
 use crate::arch::switch::{dr6, set_dr6};
-use crate::arch::{ChildExit, ChildHardware, IoAccess};
+use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child::exception;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, VpState, RSP};
@@ -378,6 +378,19 @@ fn exception_or_nmi() -> ChildExit {
 }
 
 impl ChildHardware for VmxChild {
+    #[inline(always)]
+    fn quick_exit(&mut self, _: &VpCore) -> Option<QuickExit> {
+        let exit = match read(field::EXIT_REASON) as u32 {
+            reason::CPUID => QuickExit::Cpuid,
+            reason::VMCALL => QuickExit::Hypercall,
+            reason::RDMSR => QuickExit::MsrRead,
+            _ => return None,
+        };
+        (read(field::VECTORING_INFORMATION) as u32 & VALID == 0
+            && read(field::GUEST_RFLAGS) & rflags::TF == 0)
+            .then_some(exit)
+    }
+
     fn load_general(&mut self, core: &VpCore) {
         let s = &core.state;
         write(field::GUEST_RSP, s.context.gprs[RSP]);
@@ -445,6 +458,7 @@ impl ChildHardware for VmxChild {
         s.nmi_masked = shadow & BLOCKING_NMI != 0;
     }
 
+    #[inline(always)]
     fn peek(&mut self, core: &mut VpCore) {
         let s = &mut core.state;
         s.cr0 = read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED;
@@ -552,10 +566,12 @@ impl ChildHardware for VmxChild {
         }
     }
 
+    #[inline(always)]
     fn instruction_length(&self) -> u64 {
         read(field::EXIT_INSTRUCTION_LENGTH)
     }
 
+    #[inline(always)]
     fn skip(&mut self, _: &mut VpCore, length: u64) {
         write(
             field::GUEST_RIP,
@@ -576,6 +592,31 @@ impl ChildHardware for VmxChild {
         }
     }
 
+    #[inline(always)]
+    fn eax(&self, core: &VpCore) -> u32 {
+        core.state.context.gprs[0] as u32
+    }
+
+    #[inline(always)]
+    fn cr4_and_long(&self) -> (u64, bool) {
+        let cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
+        // The entry control follows EFER.LMA; bit 13 of the rights is L.
+        let long =
+            read(field::GUEST_EFER) & efer::LMA != 0 && read(field::GUEST_CS_RIGHTS) & 1 << 13 != 0;
+        (cr4, long)
+    }
+
+    #[inline(always)]
+    fn is_kernel(&self) -> bool {
+        read(field::GUEST_SS_RIGHTS) & 0x60 == 0 && read(field::GUEST_CR0) & cr0::PE != 0
+    }
+
+    #[inline(always)]
+    fn quick_length(&self, _: u64) -> u64 {
+        self.instruction_length()
+    }
+
+    #[inline(always)]
     fn rax(&mut self, core: &mut VpCore, value: u64) {
         core.state.context.gprs[0] = value;
     }

@@ -13,7 +13,7 @@ use hv_x86::state::Segment;
 use hv_x86::vmcs::{entry_control, field, reason, ENTRY_FAILED};
 
 use super::dispatch::{self, WorldSwitch};
-use super::{cpu, ChildHardware, Exception, Exit, Processor};
+use super::{cpu, gpr, ChildHardware, Exception, Exit, Processor};
 use crate::header::boot;
 use crate::hypercall::Call;
 use crate::vp::VpCore;
@@ -105,6 +105,10 @@ impl WorldSwitch for Switch {
         child::msrs_to_root(&root, core);
         Self::close(area, core);
     }
+
+    fn set_result(area: &mut CpuArea, rax: u64) {
+        area.root.gprs[gpr::RAX] = rax;
+    }
 }
 
 /// Brings the registers of a VP that this CPU owns out of its VMCS. The root's is current before and after.
@@ -128,6 +132,12 @@ extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
             launch: 0,
         };
     }
+    root_exit(area)
+}
+
+#[inline(never)]
+fn root_exit(area: &mut CpuArea) -> Resume {
+    let root = &raw const area.root as u64;
     let on = cpu::root_cpu(area);
     let mut processor = Vmx { area };
     processor.requeue_interrupted_event();
@@ -168,7 +178,7 @@ pub fn abandon_child(area: &mut CpuArea) {
 /// Gives a CPU back after a fault of the image. A hypercall that it was about ends with HYPERVISOR_FAULT.
 pub fn leave_after_fault(area: &mut CpuArea) -> ! {
     if read(field::EXIT_REASON) as u32 == reason::VMCALL {
-        area.root.gprs[super::gpr::RAX] = HvStatus::HYPERVISOR_FAULT.0.into();
+        area.root.gprs[gpr::RAX] = HvStatus::HYPERVISOR_FAULT.0.into();
     }
     Vmx { area }.leave()
 }
