@@ -151,8 +151,14 @@ impl Drop for HvCore {
         sys::hotplug_stop();
         HYPERVISOR.store(ptr::null_mut(), Ordering::Release);
         // SAFETY: made by `KBox::into_raw` in `init`; the callbacks are gone.
-        drop(unsafe { KBox::from_raw(hypervisor) });
+        let hypervisor = unsafe { KBox::from_raw(hypervisor) };
+        hypervisor.leave_all(&sys::CpusLocked::new());
+        let ticks = hypervisor.leave_ticks();
+        drop(hypervisor);
         root::stop();
-        pr_info!("all CPUs are native again\n");
+        pr_info!(
+            "all CPUs are native again, each within {} TSC ticks\n",
+            ticks
+        );
     }
 }

@@ -102,6 +102,7 @@ mod ffi {
         pub(super) static hv_trampoline_bytes: u64;
         pub(super) static hv_image_start: u8;
         pub(super) static hv_image_end: u8;
+        pub(super) static hv_image_hash: [u8; 64];
     }
 }
 
@@ -198,6 +199,12 @@ pub(crate) fn user_cr3_bits() -> u64 {
 pub(crate) fn physical_bits() -> u32 {
     // SAFETY: no precondition.
     unsafe { ffi::hv_sys_physical_bits() }
+}
+
+/// This CPU's TSC.
+pub(crate) fn tsc() -> u64 {
+    // SAFETY: every x86-64 processor has one.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// TSC ticks per second.
@@ -390,6 +397,13 @@ pub(crate) fn image() -> &'static [u8] {
         let length = (&raw const ffi::hv_image_end).offset_from(start);
         core::slice::from_raw_parts(start, length as usize)
     }
+}
+
+/// SHA-256 of the embedded image, in hexadecimal.
+pub(crate) fn image_hash() -> &'static str {
+    // SAFETY: read-only data of this module.
+    let digits: &'static [u8; 64] = unsafe { &*(&raw const ffi::hv_image_hash) };
+    core::str::from_utf8(digits).unwrap_or("")
 }
 
 /// Addresses of the code that runs while CR3 changes: first byte and byte after the last.
@@ -749,8 +763,7 @@ impl Drop for EventHook {
 
 /// Nanoseconds until the TSC reaches `deadline`, rounded up; 0 if it did.
 pub(crate) fn nanoseconds_until(deadline: u64) -> u64 {
-    // SAFETY: every x86-64 processor has a TSC.
-    let rest = deadline.saturating_sub(unsafe { core::arch::x86_64::_rdtsc() });
+    let rest = deadline.saturating_sub(tsc());
     let khz = (tsc_hz() / 1000).max(1);
     // Beyond an hour the exact value does not matter, and it cannot overflow.
     (rest.min(khz.saturating_mul(3_600_000)) * 1000)

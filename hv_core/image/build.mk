@@ -23,6 +23,9 @@ compile = RUSTC_BOOTSTRAP=1 $(RUSTC) $(target) -L $(OUT) --sysroot=$(OUT)/no-sys
 $(OUT)/image.bin: $(OUT)/image.elf
 	$(OBJCOPY) -O binary $< $@
 
+$(OUT)/image.sha256: $(OUT)/image.bin
+	sha256sum <$< | head -c 64 >$@
+
 $(OUT)/image.elf: $(OUT)/libhv_image.a $(here)image.ld
 	$(LD) --gc-sections -z noexecstack -nostdlib -static -T $(here)image.ld -o $@ $<
 

@@ -5,7 +5,7 @@ pub(crate) mod cpu;
 pub(crate) mod load;
 pub(crate) mod preflight;
 
-use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 
 use kernel::prelude::*;
 use kernel::seq_file::SeqFile;
@@ -32,12 +32,19 @@ pub(crate) struct Faults {
 const NATIVE: u8 = 0;
 const LAUNCHED: u8 = 1;
 
+/// What Linux knows of a CPU; changed by that CPU, or with hotplug held off.
+struct Cpu {
+    state: AtomicU8,
+    /// What its last launch and leave took, in ticks of its TSC.
+    launch_ticks: AtomicU64,
+    leave_ticks: AtomicU64,
+}
+
 /// Linux beneath the image.
 pub(crate) struct Hypervisor {
     preflight: Preflight,
     image: Loaded,
-    /// What Linux knows of each CPU; changed by that CPU, or with hotplug held off.
-    cpus: KVec<AtomicU8>,
+    cpus: KVec<Cpu>,
     /// Set for good when the image faulted.
     faulted: AtomicBool,
 }
@@ -54,7 +61,12 @@ impl Hypervisor {
         let image = Loaded::new(preflight.facts, faults.allow)?;
         let mut cpus = KVec::new();
         for _ in 0..sys::cpu_count() {
-            cpus.push(AtomicU8::new(NATIVE), GFP_KERNEL)?;
+            let cpu = Cpu {
+                state: AtomicU8::new(NATIVE),
+                launch_ticks: AtomicU64::new(0),
+                leave_ticks: AtomicU64::new(0),
+            };
+            cpus.push(cpu, GFP_KERNEL)?;
         }
         let this = Self {
             preflight,
@@ -87,8 +99,12 @@ impl Hypervisor {
         let _irqs = IrqsOff::new();
         let this = sys::this_cpu();
         let block = self.image.block(this).ok_or(ENODEV)?;
+        let slot = self.cpus.get(this as usize).ok_or(ENODEV)?;
+        let began = sys::tsc();
         cpu::enter(&self.image, block, fail)?;
-        self.set(this, LAUNCHED);
+        slot.launch_ticks
+            .store(sys::tsc().wrapping_sub(began), Ordering::Relaxed);
+        slot.state.store(LAUNCHED, Ordering::Release);
         Ok(())
     }
 
@@ -96,22 +112,30 @@ impl Hypervisor {
     pub(crate) fn leave_this_cpu(&self) {
         let _irqs = IrqsOff::new();
         let this = sys::this_cpu();
-        if self.is_launched(this) {
-            cpu::leave(&self.image);
-            self.set(this, NATIVE);
+        if let Some(slot) = self.cpus.get(this as usize) {
+            if slot.state.load(Ordering::Acquire) == LAUNCHED {
+                let began = sys::tsc();
+                cpu::leave(&self.image);
+                slot.leave_ticks
+                    .store(sys::tsc().wrapping_sub(began), Ordering::Relaxed);
+                slot.state.store(NATIVE, Ordering::Release);
+            }
         }
     }
 
-    fn set(&self, cpu: u32, state: u8) {
-        if let Some(slot) = self.cpus.get(cpu as usize) {
-            slot.store(state, Ordering::Release);
-        }
+    /// The longest that a CPU took to leave, in ticks of its TSC.
+    pub(crate) fn leave_ticks(&self) -> u64 {
+        let ticks = self
+            .cpus
+            .iter()
+            .map(|cpu| cpu.leave_ticks.load(Ordering::Relaxed));
+        ticks.max().unwrap_or(0)
     }
 
     fn is_launched(&self, cpu: u32) -> bool {
         self.cpus
             .get(cpu as usize)
-            .is_some_and(|slot| slot.load(Ordering::Acquire) == LAUNCHED)
+            .is_some_and(|slot| slot.state.load(Ordering::Acquire) == LAUNCHED)
     }
 
     /// Whether the image faulted and gave the machine back.
@@ -192,9 +216,10 @@ impl Hypervisor {
         );
         seq_print!(
             seq,
-            "\"image\":{{\"size\":{},\"address\":{}}},",
+            "\"image\":{{\"size\":{},\"base\":\"{:#x}\",\"hash\":\"{}\"}},",
             image,
-            self.image.image_spa()
+            self.image.image_spa(),
+            sys::image_hash()
         );
         seq_print!(
             seq,
@@ -243,7 +268,10 @@ impl Hypervisor {
             }
             seq_print!(
                 seq,
-                "}},\"sealed_accesses\":{},\"host_nmis\":{},\"faults\":{}}}",
+                "}},\"launch_ticks\":{},\"sealed_accesses\":{},\"host_nmis\":{},\"faults\":{}}}",
+                self.cpus
+                    .get(cpu as usize)
+                    .map_or(0, |slot| slot.launch_ticks.load(Ordering::Relaxed)),
                 stats.sealed_accesses.load(Ordering::Relaxed),
                 stats.host_nmis.load(Ordering::Relaxed),
                 stats.faults.load(Ordering::Relaxed)

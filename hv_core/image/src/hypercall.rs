@@ -8,10 +8,10 @@ use hv_abi::boot::BootInfo;
 use hv_abi::hypercall::{code, result, Control, ANY_VP, PARTITION_SELF, ROOT_PARTITION};
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::partition::{
-    vp_state, AssertVirtualInterrupt, CpuidLeaf, CreatePartition, CreateVp, GetPartitionProperty,
-    GetVpCpuidValues, InstallIntercept, MapGpaPages, MapVpStatePage, PartitionId, RegisterAssoc,
-    RegisterInterceptResult, SetPartitionProperty, TranslateResult, TranslateVirtualAddress,
-    UnmapGpaPages, UnmapVpStatePage, VpRegisters, VpState, WithdrawMemory,
+    vp_state, AssertVirtualInterrupt, CpuidLeaf, CreatePartition, CreateVp, DeleteVp,
+    GetPartitionProperty, GetVpCpuidValues, InstallIntercept, MapGpaPages, MapVpStatePage,
+    PartitionId, RegisterAssoc, RegisterInterceptResult, SetPartitionProperty, TranslateResult,
+    TranslateVirtualAddress, UnmapGpaPages, UnmapVpStatePage, VpRegisters, VpState, WithdrawMemory,
 };
 use hv_abi::status::HvStatus;
 
@@ -133,6 +133,7 @@ impl Call<'_> {
             code::SET_PARTITION_PROPERTY => self.set_property(),
             code::GET_PARTITION_PROPERTY_EX => self.get_property_ex(),
             code::CREATE_VP => self.create_vp(),
+            code::DELETE_VP => self.delete_vp(),
             code::INSTALL_INTERCEPT => self.install_intercept(),
             code::TRANSLATE_VIRTUAL_ADDRESS => self.translate(),
             code::REGISTER_INTERCEPT_RESULT => self.register_result(),
@@ -279,6 +280,12 @@ impl Call<'_> {
         let mut inner = target.inner.lock();
         emulate::View::new(self.info, vp, &mut core, &mut inner.state).update_features();
         Ok(())
+    }
+
+    fn delete_vp(&self) -> Outcome {
+        let input: DeleteVp = self.read(0)?;
+        let target = partition::find(input.partition_id)?;
+        target.delete_vp(self.info, input.vp_index)
     }
 
     /// Takes a VP that nobody runs.

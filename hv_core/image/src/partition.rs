@@ -350,6 +350,28 @@ impl Partition {
         Ok(())
     }
 
+    /// HvCallDeleteVp, while nobody but the caller uses the partition: others may hold on to the VP.
+    pub fn delete_vp(&self, info: &BootInfo, index: u32) -> Result<(), HvStatus> {
+        let slot = self
+            .vps
+            .get(index as usize)
+            .ok_or(HvStatus::INVALID_VP_INDEX)?;
+        let mut inner = self.inner.lock();
+        let spa = slot.swap(0, Ordering::SeqCst);
+        if spa == 0 {
+            return Err(HvStatus::INVALID_VP_INDEX);
+        }
+        // Who comes from here on does not find it any more.
+        if self.users.load(Ordering::SeqCst) > 1 {
+            slot.store(spa, Ordering::SeqCst);
+            return Err(HvStatus::INVALID_PARTITION_STATE);
+        }
+        self.free_vp(info, Handle::at(spa), &mut inner.pool);
+        inner.state.vps = inner.state.vps.saturating_sub(1);
+        self.changes.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
     /// The VP with that index.
     pub fn vp(&self, index: u32) -> Result<&'static Vp, HvStatus> {
         match self
