@@ -125,22 +125,19 @@ impl<H: ChildHardware> Run<'_, H> {
     /// registers. Whatever comes from outside meanwhile ends the run by an interrupt of the machine.
     #[inline(always)]
     pub fn finish_quickly(&mut self) -> bool {
-        if !self.core.quiet {
-            return false;
-        }
-        let Some(exit) = self.hardware.quick_exit(self.core) else {
-            return false;
-        };
         let partition = self.partition();
-        if self.vp.posted.is_outstanding()
+        if !self.core.quiet
+            || self.vp.posted.is_outstanding()
             || self.core.seen_generation != partition.generation.load(Ordering::Acquire)
+            || !self.hardware.is_undisturbed(self.core)
         {
             return false;
         }
-        match exit {
-            QuickExit::Cpuid => emulate::cpuid_quickly(self),
-            QuickExit::Hypercall => emulate::hypercall_quickly(self),
-            QuickExit::MsrRead => emulate::read_msr_quickly(self),
+        match self.hardware.quick_exit() {
+            Some(QuickExit::Cpuid) => emulate::cpuid_quickly(self),
+            Some(QuickExit::Hypercall) => emulate::hypercall_quickly(self),
+            Some(QuickExit::MsrRead) => emulate::read_msr_quickly(self),
+            None => false,
         }
     }
 

@@ -239,10 +239,15 @@ pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     set_cpuid_result(run, result);
 }
 
+const MICROCODE_REVISION: u32 = 0x8b;
+
 /// Whether an MSR is in no register: microcode revision, TSC deadline, and those of TLFS.
 #[inline(always)]
 const fn is_hidden(number: u32) -> bool {
-    matches!(number, 0x8b | 0x6e0 | 0x4000_0000..=0x4000_01ff)
+    matches!(
+        number,
+        MICROCODE_REVISION | 0x6e0 | 0x4000_0000..=0x4000_01ff
+    )
 }
 
 /// RDMSR of a child. True if it left alone what decides on the delivery of interrupts.
@@ -272,6 +277,24 @@ pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     !(0x800..=0x8ff).contains(&number)
 }
 
+/// The value of an MSR that nothing but the hypervisor knows.
+#[inline(never)]
+fn hidden_msr(
+    vp: &Vp,
+    core: &mut VpCore,
+    number: u32,
+) -> Result<u64, child_msr::GeneralProtection> {
+    let inner = vp.partition.get().inner.lock();
+    let on = Local {
+        vp: &mut core.state,
+        apic: &mut core.apic,
+        partition: &inner.state,
+        vp_index: vp.index,
+        host_tsc: rdtsc(),
+    };
+    child_msr::read(number, &on)
+}
+
 /// RDMSR of a child, if the MSR exists and nothing but the hypervisor knows its value.
 #[inline(always)]
 pub fn read_msr_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
@@ -279,18 +302,13 @@ pub fn read_msr_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     if !is_hidden(number) {
         return false;
     }
-    let index = run.vp.index;
-    let inner = run.partition().inner.lock();
-    let on = Local {
-        vp: &mut run.core.state,
-        apic: &mut run.core.apic,
-        partition: &inner.state,
-        vp_index: index,
-        host_tsc: rdtsc(),
+    let value = match number {
+        MICROCODE_REVISION => child_msr::microcode_revision(run.info.vendor),
+        _ => match hidden_msr(run.vp, run.core, number) {
+            Ok(value) => value,
+            Err(_) => return false,
+        },
     };
-    let value = child_msr::read(number, &on);
-    drop(inner);
-    let Ok(value) = value else { return false };
     run.skip_quickly(2);
     run.core.state.context.gprs[gpr::RDX] = value >> 32;
     run.hardware.rax(run.core, value & 0xffff_ffff);

@@ -169,11 +169,7 @@ pub fn read(number: u32, on: &Local<'_>) -> Outcome<u64> {
         }
         ia32::XSS if features.xss => vp.xss,
         ia32::MISC_ENABLE => vp.misc_enable | MISC_ENABLE_READ_ONLY,
-        ia32::BIOS_SIGN_ID => match on.partition.host.vendor {
-            // A revision in bits 63:32; AMD's patch level.
-            Vendor::Vmx => 1 << 32,
-            Vendor::Svm => 0x0100_0065,
-        },
+        ia32::BIOS_SIGN_ID => microcode_revision(on.partition.host.vendor),
         msr::MTRR_CAP => MTRR_CAP,
         _ => match read_mtrr(number, vp) {
             Some(value) => value,
@@ -181,6 +177,14 @@ pub fn read(number: u32, on: &Local<'_>) -> Outcome<u64> {
             None => constant(number).map_or_else(|| unknown(on.partition), Ok)?,
         },
     })
+}
+
+/// IA32_BIOS_SIGN_ID: a revision in bits 63:32; AMD's patch level.
+pub(crate) const fn microcode_revision(vendor: Vendor) -> u64 {
+    match vendor {
+        Vendor::Vmx => 1 << 32,
+        Vendor::Svm => 0x0100_0065,
+    }
 }
 
 /// An MSR that does not exist.

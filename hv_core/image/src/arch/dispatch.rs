@@ -115,9 +115,10 @@ fn finish<H: ChildHardware>(run: &mut Run<'_, H>, event: DispatchEvent) {
     }
 }
 
-/// An exit of the child that runs on this CPU. The context to resume is `area.current` afterwards.
+/// An exit of the child that runs on this CPU, if it is a simple one ([`Run::finish_quickly`]). This and [`child_exit`] are
+/// apart because this needs few registers.
 #[inline(always)]
-pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) {
+pub fn quick_exit<W: WorldSwitch>(area: &mut CpuArea) -> bool {
     let info = boot();
     let vp = running(area.current);
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
@@ -132,18 +133,19 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) {
         hardware,
         first: false,
     };
-    if run.finish_quickly() {
-        drop(run);
-        return core.keep();
-    }
+    let done = run.finish_quickly();
     drop(run);
-    any_exit::<W>(area, vp, core);
+    core.keep();
+    done
 }
 
-/// Apart from the quick ones, which need few registers.
+/// Any other exit of the child that runs on this CPU. The context to resume is `area.current` afterwards.
 #[inline(never)]
-fn any_exit<W: WorldSwitch>(area: &mut CpuArea, vp: &'static Vp, mut core: Ownership<'_, VpCore>) {
+pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let info = boot();
+    let vp = running(area.current);
+    // SAFETY: as in `quick_exit`.
+    let mut core = unsafe { vp.core.resume() };
     let hardware = W::current(info, &core);
     let mut run = Run {
         info,
@@ -164,6 +166,7 @@ fn any_exit<W: WorldSwitch>(area: &mut CpuArea, vp: &'static Vp, mut core: Owner
             back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, event as u64);
         }
     }
+    context(area)
 }
 
 fn back_to_root<W: WorldSwitch>(
@@ -185,7 +188,7 @@ fn back_to_root<W: WorldSwitch>(
 /// The processor refused to enter the child: the root hears that its state is invalid.
 pub fn entry_failed<W: WorldSwitch>(area: &mut CpuArea) {
     let vp = running(area.current);
-    // SAFETY: as in `child_exit`.
+    // SAFETY: as in `quick_exit`.
     let core = unsafe { vp.core.resume() };
     back_to_root::<W>(area, vp, core, HvStatus::INVALID_VP_STATE, 0);
 }
@@ -194,7 +197,7 @@ pub fn entry_failed<W: WorldSwitch>(area: &mut CpuArea) {
 pub fn abandon<W: WorldSwitch>(area: &mut CpuArea) {
     if area.current != &raw const area.root as u64 {
         let vp = running(area.current);
-        // SAFETY: as in `child_exit`; the code that owned the VP never continues.
+        // SAFETY: as in `quick_exit`; the code that owned the VP never continues.
         let core = unsafe { vp.core.resume() };
         back_to_root::<W>(area, vp, core, HvStatus::HYPERVISOR_FAULT, 0);
     }

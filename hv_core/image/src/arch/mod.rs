@@ -282,9 +282,11 @@ pub enum QuickExit {
 /// The control structure of a child's VP.
 #[cfg(target_os = "none")]
 pub trait ChildHardware {
-    /// The exit, if it is one of those, no event was being delivered and none is due after the instruction (RFLAGS.TF). Nothing
-    /// else may be called after an exit before this or [`Self::after_exit`].
-    fn quick_exit(&mut self, core: &VpCore) -> Option<QuickExit>;
+    /// Whether an exit cut no delivery of an event short, no trap is due after the instruction (RFLAGS.TF), and the guest
+    /// changed nothing that only [`Self::after_exit`] takes in.
+    fn is_undisturbed(&self, core: &VpCore) -> bool;
+    /// The exit, if it is one of those; readies the structure for the next entry after an undisturbed exit.
+    fn quick_exit(&mut self) -> Option<QuickExit>;
     /// Registers into the structure.
     fn load(&mut self, core: &VpCore);
     /// General registers, RIP and RFLAGS into the structure, where all others are up to date.

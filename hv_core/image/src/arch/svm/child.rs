@@ -89,22 +89,23 @@ impl SvmChild<'_> {
 
 impl ChildHardware for SvmChild<'_> {
     #[inline(always)]
-    fn quick_exit(&mut self, core: &VpCore) -> Option<QuickExit> {
+    fn is_undisturbed(&self, core: &VpCore) -> bool {
+        let v = &*self.vmcb;
+        v.exit_interrupt_info & VALID == 0
+            && v.rflags & rflags::TF == 0
+            && v.interrupt_control & (V_IRQ | V_TPR) == u64::from(core.apic.tpr() >> 4)
+    }
+
+    #[inline(always)]
+    fn quick_exit(&mut self) -> Option<QuickExit> {
         let v = &mut *self.vmcb;
-        let exit = match v.exit_code {
-            exit::CPUID => QuickExit::Cpuid,
-            exit::VMMCALL => QuickExit::Hypercall,
-            exit::MSR if v.exit_info_1 & 1 == 0 => QuickExit::MsrRead,
-            _ => return None,
-        };
-        if v.exit_interrupt_info & VALID != 0
-            || v.rflags & rflags::TF != 0
-            || v.interrupt_control & (V_IRQ | V_TPR) != u64::from(core.apic.tpr() >> 4)
-        {
-            return None;
-        }
         v.tlb_control = 0;
-        Some(exit)
+        match v.exit_code {
+            exit::CPUID => Some(QuickExit::Cpuid),
+            exit::VMMCALL => Some(QuickExit::Hypercall),
+            exit::MSR if v.exit_info_1 & 1 == 0 => Some(QuickExit::MsrRead),
+            _ => None,
+        }
     }
 
     fn load_general(&mut self, core: &VpCore) {

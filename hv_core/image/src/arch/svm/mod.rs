@@ -132,8 +132,10 @@ fn pull(_: u64, core: &mut VpCore) {
 #[no_mangle]
 extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
     if area.current != &raw const area.root as u64 {
-        dispatch::child_exit::<Switch>(area);
-        return dispatch::context(area);
+        if dispatch::quick_exit::<Switch>(area) {
+            return dispatch::context(area);
+        }
+        return dispatch::child_exit::<Switch>(area);
     }
     root_exit(area)
 }

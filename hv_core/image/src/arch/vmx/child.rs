@@ -379,16 +379,19 @@ fn exception_or_nmi() -> ChildExit {
 
 impl ChildHardware for VmxChild {
     #[inline(always)]
-    fn quick_exit(&mut self, _: &VpCore) -> Option<QuickExit> {
-        let exit = match read(field::EXIT_REASON) as u32 {
-            reason::CPUID => QuickExit::Cpuid,
-            reason::VMCALL => QuickExit::Hypercall,
-            reason::RDMSR => QuickExit::MsrRead,
-            _ => return None,
-        };
-        (read(field::VECTORING_INFORMATION) as u32 & VALID == 0
-            && read(field::GUEST_RFLAGS) & rflags::TF == 0)
-            .then_some(exit)
+    fn is_undisturbed(&self, _: &VpCore) -> bool {
+        read(field::VECTORING_INFORMATION) as u32 & VALID == 0
+            && read(field::GUEST_RFLAGS) & rflags::TF == 0
+    }
+
+    #[inline(always)]
+    fn quick_exit(&mut self) -> Option<QuickExit> {
+        match read(field::EXIT_REASON) as u32 {
+            reason::CPUID => Some(QuickExit::Cpuid),
+            reason::VMCALL => Some(QuickExit::Hypercall),
+            reason::RDMSR => Some(QuickExit::MsrRead),
+            _ => None,
+        }
     }
 
     fn load_general(&mut self, core: &VpCore) {

@@ -126,11 +126,12 @@ fn pull(area_root: u64, core: &mut VpCore) {
 extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
     let root = &raw const area.root as u64;
     if area.current != root {
-        dispatch::child_exit::<Switch>(area);
-        return Resume {
-            context: dispatch::context(area),
-            launch: 0,
+        let context = if dispatch::quick_exit::<Switch>(area) {
+            dispatch::context(area)
+        } else {
+            dispatch::child_exit::<Switch>(area)
         };
+        return Resume { context, launch: 0 };
     }
     root_exit(area)
 }
