@@ -18,7 +18,7 @@ refused() { ! command write "$(printf %x $address)" 2>/tmp/error && grep 'Bad ad
 ktap_print_header
 ktap_set_plan 13
 modprobe hv_core || ktap_skip_all "no launch"
-address=$(status address) size=$(status size)
+address=$(($(status base))) size=$(status size)
 ktap_test_result "status_gives_the_address" [ "$address" -gt 0 ]
 mark
 ktap_test_result "all_pages_read_as_zeros" all_pages_read_as_zeros
