@@ -402,7 +402,7 @@ pub(crate) fn image() -> &'static [u8] {
 /// SHA-256 of the embedded image, in hexadecimal.
 pub(crate) fn image_hash() -> &'static str {
     // SAFETY: read-only data of this module.
-    let digits: &'static [u8; 64] = unsafe { &*(&raw const ffi::hv_image_hash) };
+    let digits = unsafe { &ffi::hv_image_hash };
     core::str::from_utf8(digits).unwrap_or("")
 }
 
