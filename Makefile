@@ -8,7 +8,8 @@
 SETUP := tools/build/setup
 IN := tools/build/in-root
 # The kernel's build system on this tree; objects go to the folder MO. (The quote is closed where it is used.)
-KBUILD = $(IN) sh -c '$(MAKE) -s -C "$$KDIR" M=$(CURDIR)
+# Debian's build tree has no vmlinux to take BTF from.
+KBUILD = $(IN) sh -c '$(MAKE) -s -C "$$KDIR" CONFIG_DEBUG_INFO_BTF_MODULES= M=$(CURDIR)
 # A bed, a test (or a list with commas) for `make test`; empty for all.
 BED :=
 TEST :=
@@ -36,8 +37,8 @@ install: ## Installs the modules for their kernel, the tools, and the rule that 
 demo: modules ## Boots a Debian root that launches the hypervisor and boots a stock Debian child, all shown (BED=vmx: on VT-x)
 	@$(IN) selftests/run --demo --bed "$(BED)"
 
-test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs one test on one bed
-	@$(IN) selftests/run $(if $(BED)$(TEST),--bed "$(BED)" --test "$(TEST)",--host)
+test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs one test on one bed, V=1 shows all results
+	@$(IN) selftests/run $(if $(BED)$(TEST),--bed "$(BED)" --test "$(TEST)",--host) $(if $(V),--verbose)
 
 bench: modules ## Counts the instructions of exits, KVM's and ours on the same beds (10 minutes)
 	@$(IN) selftests/run --bed svm-count,vmx-count --test exit_cost
