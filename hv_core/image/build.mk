@@ -18,7 +18,9 @@ edition := $(shell grep -m1 '^edition' $(dir $(core))../Cargo.toml | grep -o '20
 target := --target x86_64-unknown-none -Cpanic=abort -Ccode-model=small -Crelocation-model=pic \
 	-Copt-level=2 -Ccodegen-units=1 -Cembed-bitcode=no -Cforce-unwind-tables=no
 lints := -Dwarnings -Dmissing_docs -Dunsafe_op_in_unsafe_fn
-compile = RUSTC_BOOTSTRAP=1 $(RUSTC) $(target) -L $(OUT) --sysroot=$(OUT)/no-sysroot --out-dir $(OUT)
+# The same image, wherever the tree lies.
+paths := --remap-path-prefix $(abspath $(here)../..)=.
+compile = RUSTC_BOOTSTRAP=1 $(RUSTC) $(target) $(paths) -L $(OUT) --sysroot=$(OUT)/no-sysroot --out-dir $(OUT)
 
 $(OUT)/image.bin: $(OUT)/image.elf
 	$(OBJCOPY) -O binary $< $@
