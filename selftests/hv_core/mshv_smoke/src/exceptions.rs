@@ -4,26 +4,11 @@
 use std::arch::asm;
 
 use mshv_bindings::*;
-use mshv_smoke::machine::{Machine, Memory};
+use mshv_smoke::machine::Machine;
 
 use super::{interrupted_run, Outcome};
 
 type Made = Result<Machine, Box<dyn std::error::Error>>;
-
-/// Gives a real-mode guest a page at 0, with the vector's handler at 0:0x1080 and a stack.
-fn handler(machine: &Machine, vector: usize) -> Outcome {
-    let table = Memory::new(0x1000)?;
-    table.write(vector * 4, &[0x80, 0x10, 0, 0]);
-    machine.vm.map_user_memory(mshv_user_mem_region {
-        size: 0x1000,
-        guest_pfn: 0,
-        userspace_addr: table.address(),
-        flags: 3,
-        ..Default::default()
-    })?;
-    std::mem::forget(table);
-    machine.set(&[(hv_register_name_HV_X64_REGISTER_RSP, 0x8000)])
-}
 
 pub fn debug_exceptions_reach_the_guest() -> Outcome {
     #[rustfmt::skip]
@@ -53,7 +38,7 @@ pub fn debug_exceptions_reach_the_guest() -> Outcome {
     ];
     let machine = Machine::new(&main)?;
     machine.memory.write(0x80, &debug);
-    handler(&machine, 1)?;
+    machine.handle(1, 0x1080)?;
     machine.set(&[
         (hv_register_name_HV_X64_REGISTER_DR0, 0x5000),
         // Local enable, a byte, writes.

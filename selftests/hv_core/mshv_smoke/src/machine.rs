@@ -137,6 +137,21 @@ impl Machine {
         set(&self.vcpu, registers)
     }
 
+    /// Gives the guest a handler of one vector at 0:`offset`, by a page at 0 with the vector table, and a stack below 0x8000.
+    pub fn handle(&self, vector: usize, offset: u16) -> Result<()> {
+        let table = Memory::new(0x1000)?;
+        table.write(vector * 4, &u32::from(offset).to_le_bytes());
+        self.vm.map_user_memory(mshv_user_mem_region {
+            size: 0x1000,
+            guest_pfn: 0,
+            userspace_addr: table.address(),
+            flags: 3,
+            ..Default::default()
+        })?;
+        std::mem::forget(table);
+        self.set(&[(hv_register_name_HV_X64_REGISTER_RSP, 0x8000)])
+    }
+
     /// Runs until there is a message.
     pub fn next_message(&self) -> Result<hv_message> {
         next_message_of(&self.vcpu)

@@ -652,18 +652,7 @@ fn sleeper() -> Result<Machine, Box<dyn std::error::Error>> {
         0xf4,                         // hlt
     ];
     let machine = Machine::new(&code)?;
-    // The interrupt vector table is at 0; entry 0x40 points to 0:0x1010.
-    let table = Memory::new(0x1000)?;
-    table.write(0x40 * 4, &[0x10, 0x10, 0, 0]);
-    machine.vm.map_user_memory(mshv_user_mem_region {
-        size: 0x1000,
-        guest_pfn: 0,
-        userspace_addr: table.address(),
-        flags: 3,
-        ..Default::default()
-    })?;
-    std::mem::forget(table);
-    machine.set(&[(hv_register_name_HV_X64_REGISTER_RSP, 0x8000)])?;
+    machine.handle(0x40, 0x1010)?;
     // The local APIC is on (SPIV bit 8).
     let mut lapic = machine.vcpu.get_lapic()?;
     lapic.regs[0xf1] = 1;
