@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! One exit: which device answers it, and what becomes of the VP.
 
-use super::message::{Header, Intercept};
+use super::message::Intercept;
 use super::reg::Reg;
 use super::stats::Kind;
 use super::{emulate, port, GuestRam, Vp, VpResult};
@@ -50,7 +50,7 @@ pub fn complete<W: Write>(
             Ok(Step::Continue)
         }
         Intercept::Halt(_) => Ok(Step::Idle),
-        Intercept::UnrecoverableException(header) => Ok(Step::TripleFault(place(vp, header))),
+        Intercept::UnrecoverableException(_) => Ok(Step::TripleFault(format!("at {}", control_state(vp)))),
         Intercept::InvalidVpRegister => {
             Err(format!("the VP cannot be entered with its registers: {}", control_state(vp)))
         }
@@ -67,11 +67,7 @@ pub fn complete<W: Write>(
     }
 }
 
-/// Where a VP was, and what it last faulted on.
-fn place(vp: &mut dyn Vp, header: &Header) -> String {
-    format!("at RIP {:#x} with {}", header.rip, control_state(vp))
-}
-
+/// Where a VP is, and what it last faulted on.
 fn control_state(vp: &mut dyn Vp) -> String {
     const SHOWN: [(&str, Reg); 8] = [
         ("RIP", Reg::RIP),
@@ -97,6 +93,7 @@ fn control_state(vp: &mut dyn Vp) -> String {
 mod tests {
     use super::super::fake::{machine, FakeRam, FakeVp};
     use super::super::message::tests::message;
+    use super::super::message::Header;
     use super::*;
     use crate::layout::{IOAPIC, UART_PORT};
 
@@ -112,21 +109,18 @@ mod tests {
     #[test]
     fn a_triple_fault_says_where() {
         let mut vp = FakeVp::default();
+        vp.values.insert(Reg::RIP.0, 0x1234);
         vp.values.insert(Reg::CR2.0, 0xbad);
-        let header = Header {
-            rip: 0x1234,
-            ..Default::default()
-        };
         let step = complete(
             &mut vp,
             &FakeRam::default(),
             &machine(),
-            &Intercept::UnrecoverableException(header),
+            &Intercept::UnrecoverableException(Header::default()),
         );
         let Ok(Step::TripleFault(place)) = step else {
             panic!("{step:?}")
         };
-        assert!(place.starts_with("at RIP 0x1234 "), "{place}");
+        assert!(place.starts_with("at RIP 0x1234, "), "{place}");
         assert!(place.contains("CR2 0xbad"), "{place}");
     }
 
