@@ -122,7 +122,8 @@ impl<H: ChildHardware> Run<'_, H> {
     }
 
     /// Finishes an exit if it is a simple one and the VP can go on as it was: without interrupts, timers and changes to its
-    /// registers. Whatever comes from outside meanwhile ends the run by an interrupt of the machine.
+    /// registers. Whatever comes from outside meanwhile ends the run by an interrupt of the machine; the VP's timer, too: the
+    /// root was told when it expires.
     #[inline(always)]
     pub fn finish_quickly(&mut self) -> bool {
         let partition = self.partition();
@@ -152,10 +153,7 @@ impl<H: ChildHardware> Run<'_, H> {
     pub fn after_exit(&mut self) -> Next {
         self.core.in_hardware = true;
         self.hardware.after_exit(self.core);
-        let exit = self.hardware.exit(self.core);
-        // Only the exits below that say so leave it as it was.
-        let quiet = core::mem::replace(&mut self.core.quiet, false);
-        match exit {
+        match self.hardware.exit(self.core) {
             ChildExit::ExternalInterrupt => return Next::Root(DispatchEvent::Interrupt),
             ChildExit::Nmi => {
                 self.hardware.forward_nmi(self.cpu);
@@ -163,15 +161,9 @@ impl<H: ChildHardware> Run<'_, H> {
             }
             ChildExit::Window => {}
             ChildExit::NmiWindow => self.hardware.end_nmi(self.core),
-            ChildExit::Cpuid => {
-                emulate::cpuid(self);
-                self.core.quiet = quiet;
-            }
-            ChildExit::Hypercall => {
-                emulate::hypercall(self);
-                self.core.quiet = quiet;
-            }
-            ChildExit::MsrRead => self.core.quiet = emulate::read_msr(self) && quiet,
+            ChildExit::Cpuid => emulate::cpuid(self),
+            ChildExit::Hypercall => emulate::hypercall(self),
+            ChildExit::MsrRead => emulate::read_msr(self),
             ChildExit::MsrWrite => return self.effect_of_msr_write(),
             ChildExit::Xsetbv => emulate::xsetbv(self),
             ChildExit::Halt => {
@@ -197,10 +189,7 @@ impl<H: ChildHardware> Run<'_, H> {
                 execute,
                 gva,
             } => return self.memory(gpa, write, execute, gva),
-            ChildExit::Nop => {
-                self.skip();
-                self.core.quiet = quiet;
-            }
+            ChildExit::Nop => self.skip(),
             ChildExit::Undefined => self.raise(exception::UNDEFINED, None),
             ChildExit::Exception { info, error } => {
                 // An interrupt or NMI whose delivery it cut short must not get lost; then the exception comes again. Anything
@@ -379,11 +368,6 @@ impl<H: ChildHardware> Run<'_, H> {
 
     /// Everything before an entry: interrupts, timers, start-up, and the checks that may keep the VP out.
     pub fn enter(&mut self) -> Next {
-        if self.core.quiet && self.is_still_quiet() {
-            self.core.in_hardware = true;
-            return Next::Enter;
-        }
-        self.core.quiet = false;
         if self.core.shut_down {
             return self
                 .message(|run| messages::unrecoverable_exception(run.vp.index, &run.core.state));
@@ -470,18 +454,8 @@ impl<H: ChildHardware> Run<'_, H> {
         self.core.seen_generation = generation;
         self.core.last_cpu = self.cpu;
         self.core.quiet = pending.is_empty() && info >> 31 == 0;
-        self.core.timer_at = self.deadline();
         self.hardware.before_entry(self.core, flush);
         Next::Enter
-    }
-
-    /// Whether the control structure can be entered as it is: nothing came since the last entry.
-    fn is_still_quiet(&self) -> bool {
-        self.core.requeue.0 == 0
-            && !self.core.dirty
-            && !self.vp.posted.is_outstanding()
-            && self.core.seen_generation == self.partition().generation.load(Ordering::Acquire)
-            && rdtsc() < self.core.timer_at
     }
 
     /// Host TSC of the next timer expiry.

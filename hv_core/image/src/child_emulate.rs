@@ -239,51 +239,9 @@ pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     set_cpuid_result(run, result);
 }
 
-const MICROCODE_REVISION: u32 = 0x8b;
-
-/// Whether an MSR is in no register: microcode revision, TSC deadline, and those of TLFS.
-#[inline(always)]
-const fn is_hidden(number: u32) -> bool {
-    matches!(
-        number,
-        MICROCODE_REVISION | 0x6e0 | 0x4000_0000..=0x4000_01ff
-    )
-}
-
-/// RDMSR of a child. True if it left alone what decides on the delivery of interrupts.
-pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
-    let number = run.core.state.context.gprs[gpr::RCX] as u32;
-    msr_state(run, number);
-    let partition = run.partition();
-    let index = run.vp.index;
-    let inner = partition.inner.lock();
-    let on = Local {
-        vp: &mut run.core.state,
-        apic: &mut run.core.apic,
-        partition: &inner.state,
-        vp_index: index,
-        host_tsc: rdtsc(),
-    };
-    let value = child_msr::read(number, &on);
-    drop(inner);
-    match value {
-        Ok(value) => {
-            run.skip();
-            run.core.state.context.gprs[gpr::RDX] = value >> 32;
-            run.hardware.rax(run.core, value & 0xffff_ffff);
-        }
-        Err(_) => run.general_protection(),
-    }
-    !(0x800..=0x8ff).contains(&number)
-}
-
-/// The value of an MSR that nothing but the hypervisor knows.
+/// The value of an MSR.
 #[inline(never)]
-fn hidden_msr(
-    vp: &Vp,
-    core: &mut VpCore,
-    number: u32,
-) -> Result<u64, child_msr::GeneralProtection> {
+fn msr_value(vp: &Vp, core: &mut VpCore, number: u32) -> Result<u64, child_msr::GeneralProtection> {
     let inner = vp.partition.get().inner.lock();
     let on = Local {
         vp: &mut core.state,
@@ -295,29 +253,45 @@ fn hidden_msr(
     child_msr::read(number, &on)
 }
 
-/// RDMSR of a child, if the MSR exists and nothing but the hypervisor knows its value.
+#[inline(always)]
+fn set_msr_result<H: ChildHardware>(run: &mut Run<'_, H>, value: u64) {
+    run.core.state.context.gprs[gpr::RDX] = value >> 32;
+    run.hardware.rax(run.core, value & 0xffff_ffff);
+}
+
+/// RDMSR of a child, if the MSR is a constant, or exists and nothing but the hypervisor knows its value.
 #[inline(always)]
 pub fn read_msr_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     let number = run.core.state.context.gprs[gpr::RCX] as u32;
-    if !is_hidden(number) {
-        return false;
-    }
-    let value = match number {
-        MICROCODE_REVISION => child_msr::microcode_revision(run.info.vendor),
-        _ => match hidden_msr(run.vp, run.core, number) {
+    let value = match child_msr::constant(number, run.info.vendor) {
+        Some(value) => value,
+        None if child_msr::is_hidden(number) => match msr_value(run.vp, run.core, number) {
             Ok(value) => value,
             Err(_) => return false,
         },
+        None => return false,
     };
     run.skip_quickly(2);
-    run.core.state.context.gprs[gpr::RDX] = value >> 32;
-    run.hardware.rax(run.core, value & 0xffff_ffff);
+    set_msr_result(run, value);
     true
+}
+
+/// RDMSR of a child.
+pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) {
+    let number = run.core.state.context.gprs[gpr::RCX] as u32;
+    msr_state(run, number);
+    match msr_value(run.vp, run.core, number) {
+        Ok(value) => {
+            run.skip();
+            set_msr_result(run, value);
+        }
+        Err(_) => run.general_protection(),
+    }
 }
 
 /// Brings out what an access to the MSR needs: nothing but the mode for those that only the hypervisor keeps.
 fn msr_state<H: ChildHardware>(run: &mut Run<'_, H>, number: u32) {
-    if is_hidden(number) || (0x800..=0x8ff).contains(&number) {
+    if child_msr::is_hidden(number) || (0x800..=0x8ff).contains(&number) {
         run.peek();
     } else {
         run.pull();

@@ -55,6 +55,8 @@ pub mod hv {
     pub const CRASH_P0: u32 = 0x4000_0100;
     pub const CRASH_CTL: u32 = 0x4000_0105;
     pub const TSC_INVARIANT_CONTROL: u32 = 0x4000_0118;
+    /// The last of the range that TLFS uses.
+    pub const LAST: u32 = 0x4000_01ff;
 }
 
 /// Architectural MSRs that `hv_x86` does not name.
@@ -169,22 +171,21 @@ pub fn read(number: u32, on: &Local<'_>) -> Outcome<u64> {
         }
         ia32::XSS if features.xss => vp.xss,
         ia32::MISC_ENABLE => vp.misc_enable | MISC_ENABLE_READ_ONLY,
-        ia32::BIOS_SIGN_ID => microcode_revision(on.partition.host.vendor),
-        msr::MTRR_CAP => MTRR_CAP,
         _ => match read_mtrr(number, vp) {
             Some(value) => value,
             None if number >> 16 == 0x4000 => read_hypervisor(number, on)?,
-            None => constant(number).map_or_else(|| unknown(on.partition), Ok)?,
+            None => {
+                let vendor = on.partition.host.vendor;
+                constant(number, vendor).map_or_else(|| unknown(on.partition), Ok)?
+            }
         },
     })
 }
 
-/// IA32_BIOS_SIGN_ID: a revision in bits 63:32; AMD's patch level.
-pub(crate) const fn microcode_revision(vendor: Vendor) -> u64 {
-    match vendor {
-        Vendor::Vmx => 1 << 32,
-        Vendor::Svm => 0x0100_0065,
-    }
+/// Whether only the hypervisor knows the value of an MSR: TSC deadline, and those of TLFS.
+#[must_use]
+pub const fn is_hidden(number: u32) -> bool {
+    matches!(number, ia32::TSC_DEADLINE | hv::GUEST_OS_ID..=hv::LAST)
 }
 
 /// An MSR that does not exist.
@@ -244,9 +245,16 @@ pub(crate) fn mtrr_slot(number: u32, vp: &mut VpState) -> Option<&mut u64> {
     }
 }
 
-/// MSRs with one value that no CPUID bit announces, and that software reads or writes all the same.
-const fn constant(number: u32) -> Option<u64> {
+/// MSRs with one value: what the VP can do, and what no CPUID bit announces but software reads or writes all the same.
+#[must_use]
+pub const fn constant(number: u32, vendor: Vendor) -> Option<u64> {
     Some(match number {
+        msr::MTRR_CAP => MTRR_CAP,
+        ia32::BIOS_SIGN_ID => match vendor {
+            // A revision in bits 63:32; AMD's patch level.
+            Vendor::Vmx => 1 << 32,
+            Vendor::Svm => 0x0100_0065,
+        },
         // P5 machine check, platform id, power-on configuration.
         0x0 | 0x1 | 0x17 | 0x2a => 0,
         // Feature control: locked, nothing on.
@@ -426,8 +434,6 @@ pub fn write(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
             check(value & !(MISC_ENABLE_BITS | MISC_ENABLE_READ_ONLY) == 0)?;
             vp.misc_enable = value & MISC_ENABLE_BITS;
         }
-        // Zero, to have the revision loaded (SDM 11.11.7.1); other values mean nothing here.
-        ia32::BIOS_SIGN_ID => {}
         msr::MTRR_CAP | msr::FEATURE_CONTROL => return Err(GeneralProtection),
         _ => return write_other(number, value, on),
     }
@@ -441,8 +447,8 @@ fn write_other(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
         *slot = value;
     } else if number >> 16 == 0x4000 {
         return write_hypervisor(number, value, on);
-    } else if constant(number).is_none() {
-        // Its write has no effect, or it has no write.
+    } else if constant(number, on.partition.host.vendor).is_none() {
+        // Its write has no effect, or it has no write. (Of BIOS_SIGN_ID: zero, to have the revision loaded, SDM 11.11.7.1.)
         unknown(on.partition)?;
     }
     Ok(Effect::None)

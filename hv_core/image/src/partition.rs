@@ -473,7 +473,6 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         root_msrs: [0; 8],
         overrides: 0,
         quiet: false,
-        timer_at: 0,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }
 }

@@ -53,10 +53,8 @@ pub struct VpCore {
     pub root_msrs: [u64; 8],
     /// SPA of the results of CPUID that the VMM registered.
     pub overrides: u64,
-    /// At the last entry nothing waited for delivery, and no exit since then changed that.
+    /// At the last full entry nothing waited for delivery.
     pub quiet: bool,
-    /// Host TSC at which the VP's next timer expires, as of the last entry.
-    pub timer_at: u64,
     /// What CPUID said last.
     pub cpuid: CpuidCache,
 }

@@ -57,7 +57,6 @@ pub fn dispatch<W: WorldSwitch>(
     core.state.explicit_suspend = false;
     core.state.intercept_suspend = false;
     core.state.tsc_read = None;
-    core.quiet = false;
     let address = &raw const core.state.context as u64;
     let first = area.last_child != address;
     let mut run = Run {
@@ -115,26 +114,34 @@ fn finish<H: ChildHardware>(run: &mut Run<'_, H>, event: DispatchEvent) {
     }
 }
 
+/// The VP in `core`, which runs on this CPU and just exited.
+#[inline(always)]
+fn exited<'a, W: WorldSwitch>(
+    area: &CpuArea,
+    vp: &'static Vp,
+    core: &'a mut VpCore,
+) -> Run<'a, W::Hardware> {
+    let info = boot();
+    let hardware = W::current(info, core);
+    Run {
+        info,
+        cpu: area.cpu,
+        vp,
+        core,
+        hardware,
+        first: false,
+    }
+}
+
 /// An exit of the child that runs on this CPU, if it is a simple one ([`Run::finish_quickly`]). This and [`child_exit`] are
 /// apart because this needs few registers.
 #[inline(always)]
 pub fn quick_exit<W: WorldSwitch>(area: &mut CpuArea) -> bool {
-    let info = boot();
     let vp = running(area.current);
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
     let mut core = unsafe { vp.core.resume() };
-    let hardware = W::current(info, &core);
     core.exits = core.exits.wrapping_add(1);
-    let mut run = Run {
-        info,
-        cpu: area.cpu,
-        vp,
-        core: &mut core,
-        hardware,
-        first: false,
-    };
-    let done = run.finish_quickly();
-    drop(run);
+    let done = exited::<W>(area, vp, &mut core).finish_quickly();
     core.keep();
     done
 }
@@ -142,19 +149,10 @@ pub fn quick_exit<W: WorldSwitch>(area: &mut CpuArea) -> bool {
 /// Any other exit of the child that runs on this CPU. The context to resume is `area.current` afterwards.
 #[inline(never)]
 pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
-    let info = boot();
     let vp = running(area.current);
     // SAFETY: as in `quick_exit`.
     let mut core = unsafe { vp.core.resume() };
-    let hardware = W::current(info, &core);
-    let mut run = Run {
-        info,
-        cpu: area.cpu,
-        vp,
-        core: &mut core,
-        hardware,
-        first: false,
-    };
+    let mut run = exited::<W>(area, vp, &mut core);
     match run.after_exit() {
         Next::Enter => {
             drop(run);

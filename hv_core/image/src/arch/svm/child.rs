@@ -236,7 +236,6 @@ impl ChildHardware for SvmChild<'_> {
         let priority = ((v.interrupt_control & V_TPR) << 4) as u8 | core.apic.tpr() & 0xf;
         if priority != core.apic.tpr() {
             core.apic.set_tpr(priority);
-            core.quiet = false;
         }
         // What an exit interrupted is delivered again, in VMX form: the types agree but for software
         // interrupts, which AMD-V delivers again by itself.
