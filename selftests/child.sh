@@ -4,6 +4,8 @@
 
 log=/tmp/child.log
 verbosity=quiet
+# More for the child's command line.
+child_arguments=
 
 # child VPS COMMAND...: COMMAND (vmwp, or hvctl run) boots a child with so many VPs. What child and worker say is printed as it
 # comes, and kept in $log. The status is the command's.
@@ -12,7 +14,7 @@ child() {
 	shift
 	{
 		"$@" --kernel /child/vmlinuz --initrd /child/initrd --memory 256M --vps "$child_vps" \
-			--cmdline "console=ttyS0 $verbosity panic=-1" </dev/null 2>&1
+			--cmdline "console=ttyS0 $verbosity panic=-1 $child_arguments" </dev/null 2>&1
 		echo $? >/tmp/child.status
 	} | tee $log
 	return "$(cat /tmp/child.status)"

@@ -9,7 +9,7 @@ use kernel::prelude::*;
 use super::partition::Partition;
 use super::vp::{quad, word, Message, Vp, PAYLOAD};
 use crate::sys::EventFd;
-use crate::x86::store::{decode_store, Mode, Source};
+use crate::x86::access::{decode, Access, Mode, Operation, Source};
 
 /// Doorbells of one partition: nobody needs more.
 const MOST: usize = 65536;
@@ -119,23 +119,28 @@ impl Partition {
         let bytes = message
             .get(PAYLOAD + 64..PAYLOAD + 64 + count)
             .unwrap_or(&[]);
-        let Some(store) = decode_store(bytes, mode(message)) else {
+        let Some(Access {
+            length,
+            size,
+            operation: Operation::Store(source),
+        }) = decode(bytes, mode(message))
+        else {
             return Ok(None);
         };
-        let Some(bell) = pick(bells, u32::from(store.size), || {
-            let register = match store.source {
-                Source::Register(number, _) => {
-                    vp.register(self, REGISTER_RAX + u32::from(number))?
+        let Some(bell) = pick(bells, u32::from(size), || {
+            let mut registers = [0; 16];
+            if let Source::Register(register) = source {
+                if let Some(slot) = registers.get_mut(usize::from(register.number)) {
+                    *slot = vp.register(self, REGISTER_RAX + u32::from(register.number))?;
                 }
-                Source::Immediate(_) => 0,
-            };
-            Ok(store.value(register))
+            }
+            Ok(source.value(&registers, size))
         })?
         else {
             return Ok(None);
         };
         bell.event.signal();
-        Ok(Some(store.length))
+        Ok(Some(length))
     }
 
     /// A VP did port I/O. If that was a doorbell, it has been rung, and the length of the instruction is returned.

@@ -8,6 +8,7 @@ use core::sync::atomic::Ordering;
 
 use hv_abi::boot::BootInfo;
 use hv_abi::hypercall::{state_page, DispatchEvent, VpRunPage};
+use hv_x86::regs::rflags;
 
 use crate::apic::{DeliveryMode, Interrupt, IpiRequest, WriteEffect};
 use crate::arch::object::{page_bytes, shared, shared_read, shared_write};
@@ -117,7 +118,11 @@ impl<H: ChildHardware> Run<'_, H> {
             let state = &mut self.core.state;
             state.rip = state.rip.wrapping_add(length);
             state.interrupt_shadow = false;
+            let trap = state.rflags & rflags::TF != 0;
             self.core.dirty = true;
+            if trap {
+                self.hardware.trap_step(self.core);
+            }
         }
     }
 
@@ -251,22 +256,28 @@ impl<H: ChildHardware> Run<'_, H> {
 
     fn effect_of_msr_write(&mut self) -> Next {
         let effect = emulate::write_msr(self);
-        if self.apply(effect) {
-            return Next::Root(DispatchEvent::Signal);
-        }
-        self.enter()
+        self.apply(effect)
     }
 
-    /// Acts on what a write to the local APIC caused. True if other VPs were signalled.
-    pub fn apply(&mut self, effect: WriteEffect) -> bool {
+    /// Acts on what a write to the local APIC caused, and goes on.
+    fn apply(&mut self, effect: WriteEffect) -> Next {
         match effect {
-            WriteEffect::Ipi(request) => self.send(&request),
+            WriteEffect::Ipi(request) => {
+                if self.send(&request) {
+                    return Next::Root(DispatchEvent::Signal);
+                }
+            }
             WriteEffect::AddressingChanged | WriteEffect::BaseChanged => {
                 self.vp.posted.publish(self.core.apic.addressing());
-                false
             }
-            WriteEffect::None | WriteEffect::TimerChanged | WriteEffect::Eoi { .. } => false,
+            // The I/O APIC is the VMM's.
+            WriteEffect::Eoi {
+                vector,
+                level: true,
+            } => return self.message(|run| messages::apic_eoi(run.vp.index, vector)),
+            WriteEffect::None | WriteEffect::TimerChanged | WriteEffect::Eoi { .. } => {}
         }
+        self.enter()
     }
 
     /// Delivers an inter-processor interrupt.
@@ -314,6 +325,11 @@ impl<H: ChildHardware> Run<'_, H> {
         if self.partition().translate(self.info, gpa, write).is_some() && !execute {
             // Another CPU mapped it meanwhile.
             return self.enter();
+        }
+        if !execute && emulate::is_apic_page(self.core, gpa) {
+            if let Some(effect) = emulate::access_apic(self, gpa) {
+                return self.apply(effect);
+            }
         }
         self.pull();
         let bytes = emulate::instruction_bytes(self);

@@ -7,7 +7,8 @@ use hv_abi::boot::{BootInfo, Vendor};
 use hv_abi::hypercall::{result, Control};
 use hv_abi::partition::{creation, CreatePartition, RegisterInterceptResult};
 use hv_abi::status::HvStatus;
-use hv_x86::regs::cr4;
+use hv_x86::access::{decode, Mode as CodeMode};
+use hv_x86::regs::{cr4, efer};
 use hv_x86::vmcs::{allows, secondary};
 
 use crate::apic::{
@@ -157,6 +158,51 @@ pub fn instruction_bytes<H: ChildHardware>(run: &mut Run<'_, H>) -> ([u8; 16], u
         read_guest(info, cpu, partition, gpa, to)
     });
     (bytes, count)
+}
+
+/// Whether a GPA is in the page of the VP's local APIC (SDM vol 3, 12.4.1).
+pub fn is_apic_page(core: &VpCore, gpa: u64) -> bool {
+    core.apic.mode() == Mode::XApic && gpa & !0xfff == core.apic.apic_base() & !0xfff
+}
+
+/// An access to a register of the local APIC by its page: 32 bits, aligned to 16. Other reads see the bytes that they overlap, and
+/// other writes do nothing. `None` for an instruction that only a VMM can emulate; nothing was done then.
+pub fn access_apic<H: ChildHardware>(run: &mut Run<'_, H>, gpa: u64) -> Option<WriteEffect> {
+    let (bytes, count) = instruction_bytes(run);
+    let mode = code_mode(&run.core.state);
+    let access = decode(bytes.get(..count.into())?, mode)?;
+    let now = run.now();
+    let (register, within) = ((gpa & 0xff0) as u32, (gpa & 0xf) as u32);
+    let core = &mut *run.core;
+    let memory = if access.reads() && within < 4 {
+        u64::from(core.apic.read(register, now).ok()?) >> (8 * within)
+    } else {
+        0
+    };
+    let state = &mut core.state;
+    let written = access.perform(memory, &mut state.context.gprs, &mut state.rflags);
+    let effect = match written {
+        Some(value) if within == 0 && access.size == 4 => {
+            core.apic.write(register, value as u32, now).ok()?
+        }
+        _ => WriteEffect::None,
+    };
+    run.changed();
+    run.skip_by(access.length.into());
+    Some(effect)
+}
+
+/// Width of the code that a VP runs.
+fn code_mode(state: &VpState) -> CodeMode {
+    let code = state.segments[segment::CS].rights;
+    match (
+        state.efer & efer::LMA != 0 && code & 1 << 13 != 0,
+        code & 1 << 14 != 0,
+    ) {
+        (true, _) => CodeMode::Bits64,
+        (_, true) => CodeMode::Bits32,
+        _ => CodeMode::Bits16,
+    }
 }
 
 /// HvCallTranslateVirtualAddress: result code and page number.

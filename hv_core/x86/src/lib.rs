@@ -10,11 +10,12 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod access;
 pub mod mtrr;
 pub mod paging;
 pub mod regs;
 pub mod root;
 pub mod state;
-pub mod store;
+
 pub mod vmcb;
 pub mod vmcs;

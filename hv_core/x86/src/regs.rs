@@ -65,6 +65,20 @@ pub mod efer {
 
 /// RFLAGS bits.
 pub mod rflags {
+    /// Carry.
+    pub const CF: u64 = 1 << 0;
+    /// Parity of the low byte.
+    pub const PF: u64 = 1 << 2;
+    /// Carry out of bit 3.
+    pub const AF: u64 = 1 << 4;
+    /// Zero.
+    pub const ZF: u64 = 1 << 6;
+    /// Sign.
+    pub const SF: u64 = 1 << 7;
+    /// Signed overflow.
+    pub const OF: u64 = 1 << 11;
+    /// What arithmetic sets.
+    pub const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
     /// Trap flag.
     pub const TF: u64 = 1 << 8;
     /// Interrupt enable.

@@ -116,15 +116,6 @@ impl Partition {
             .vm
             .create_vcpu(index)
             .map_err(|e| Error::hypervisor(format!("create VP {index}"), e))?;
-        // Firmware of machines with x2APIC hands over in that mode: no access to the APIC page is left.
-        fd.set_reg(&[hv::hv_register_assoc {
-            name: hv::hv_register_name_HV_X64_REGISTER_APIC_BASE,
-            value: hv::hv_register_value {
-                reg64: x2apic_base(index),
-            },
-            ..Default::default()
-        }])
-        .map_err(|e| Error::hypervisor(format!("set the APIC mode of VP {index}"), e))?;
         Ok(MshvVp { fd })
     }
 
@@ -137,14 +128,6 @@ impl Partition {
     pub fn interrupts(&self) -> Arc<dyn InterruptSink> {
         Arc::new(Interrupts(self.vm.clone()))
     }
-}
-
-/// IA32_APIC_BASE of a VP: default page, enabled, x2APIC mode, BSP for VP 0 (SDM vol 3, 12.4.4).
-fn x2apic_base(index: u8) -> u64 {
-    const BSP: u64 = 1 << 8;
-    const X2APIC: u64 = 1 << 10;
-    const ENABLE: u64 = 1 << 11;
-    0xfee0_0000 | ENABLE | X2APIC | if index == 0 { BSP } else { 0 }
 }
 
 fn open(device: &Path) -> Result<Mshv> {

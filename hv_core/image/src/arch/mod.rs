@@ -301,8 +301,10 @@ pub trait ChildHardware {
     fn exit(&mut self, core: &VpCore) -> ChildExit;
     /// Length of the exiting instruction.
     fn instruction_length(&self) -> u64;
-    /// Moves past it.
+    /// Moves past it, with the registers in the structure.
     fn skip(&mut self, core: &mut VpCore, length: u64);
+    /// Has the trap of a single step raised, wherever the registers are: an instruction with RFLAGS.TF was emulated.
+    fn trap_step(&mut self, core: &mut VpCore);
     /// At a quick exit: EAX.
     fn eax(&self, core: &VpCore) -> u32;
     /// At a quick exit: CR4, and whether the VP is in 64-bit mode.

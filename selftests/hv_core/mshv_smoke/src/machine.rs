@@ -152,6 +152,13 @@ impl Machine {
         self.set(&[(hv_register_name_HV_X64_REGISTER_RSP, 0x8000)])
     }
 
+    /// Turns the VP's local APIC on (SVR bit 8).
+    pub fn enable_apic(&self) -> Result<()> {
+        let mut lapic = self.vcpu.get_lapic()?;
+        lapic.regs[0xf1] = 1;
+        Ok(self.vcpu.set_lapic(&lapic)?)
+    }
+
     /// Runs until there is a message.
     pub fn next_message(&self) -> Result<hv_message> {
         next_message_of(&self.vcpu)

@@ -325,9 +325,18 @@ impl ChildHardware for SvmChild<'_> {
         v.rip = v.rip.wrapping_add(length);
         v.interrupt_shadow = 0;
         if v.rflags & rflags::TF != 0 {
-            v.dr6 |= 1 << 14;
-            core.requeue = ((VALID | TYPE_EXCEPTION << 8 | 1) as u32, 0);
+            self.trap_step(core);
         }
+    }
+
+    fn trap_step(&mut self, core: &mut VpCore) {
+        let dr6 = if core.in_hardware {
+            &mut self.vmcb.dr6
+        } else {
+            &mut core.state.dr6
+        };
+        *dr6 |= 1 << 14;
+        core.requeue = Self::exception(exception::DEBUG, None);
     }
 
     #[inline(always)]

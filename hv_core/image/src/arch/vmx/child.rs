@@ -575,7 +575,7 @@ impl ChildHardware for VmxChild {
     }
 
     #[inline(always)]
-    fn skip(&mut self, _: &mut VpCore, length: u64) {
+    fn skip(&mut self, core: &mut VpCore, length: u64) {
         write(
             field::GUEST_RIP,
             read(field::GUEST_RIP).wrapping_add(length),
@@ -587,7 +587,19 @@ impl ChildHardware for VmxChild {
                 shadow & !(BLOCKING_STI | BLOCKING_MOVSS),
             );
         }
-        if read(field::GUEST_RFLAGS) & rflags::TF != 0 && read(field::GUEST_DEBUGCTL) & 2 == 0 {
+        if read(field::GUEST_RFLAGS) & rflags::TF != 0 {
+            self.trap_step(core);
+        }
+    }
+
+    fn trap_step(&mut self, core: &mut VpCore) {
+        let control = if core.in_hardware {
+            read(field::GUEST_DEBUGCTL)
+        } else {
+            core.state.debugctl
+        };
+        // With BTF only branches trap.
+        if control & 2 == 0 {
             write(
                 field::GUEST_PENDING_DEBUG,
                 read(field::GUEST_PENDING_DEBUG) | 1 << 14,

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The local APIC in both modes: what the guest does to it, and what the VMM hears of that.
+
+use mshv_bindings::*;
+use mshv_ioctls::InterruptRequest;
+use mshv_smoke::machine::{kind, Machine};
+
+use super::Outcome;
+
+/// Real-mode code that starts VP 1 at 0x2000 in x2APIC mode.
+#[rustfmt::skip]
+pub const START_BY_MSR: [u8; 44] = [
+    0x66, 0xb9, 0x1b, 0, 0, 0,          // mov $0x1b, %ecx     IA32_APIC_BASE
+    0x0f, 0x32,                         // rdmsr
+    0x0d, 0x00, 0x0c,                   // or $0xc00, %ax      x2APIC mode
+    0x0f, 0x30,                         // wrmsr
+    0x66, 0xb9, 0x30, 0x08, 0, 0,       // mov $0x830, %ecx    ICR
+    0x66, 0xba, 0x01, 0, 0, 0,          // mov $1, %edx        to APIC 1
+    0x66, 0xb8, 0x00, 0x45, 0, 0,       // mov $0x4500, %eax   INIT
+    0x0f, 0x30,                         // wrmsr
+    0x66, 0xb8, 0x02, 0x46, 0, 0,       // mov $0x4602, %eax   SIPI to 0x2000
+    0x0f, 0x30,                         // wrmsr
+    0xf4, 0xeb, 0xfd,                   // 1: hlt; jmp 1b
+];
+
+/// The same in xAPIC mode, with the page at DS:0.
+#[rustfmt::skip]
+pub const START_BY_PAGE: [u8; 30] = [
+    0x66, 0xc7, 0x06, 0x10, 0x03, 0, 0, 0, 0x01,    // movl $0x1000000, 0x310   to APIC 1
+    0x66, 0xc7, 0x06, 0x00, 0x03, 0x00, 0x45, 0, 0, // movl $0x4500, 0x300      INIT
+    0x66, 0xc7, 0x06, 0x00, 0x03, 0x02, 0x46, 0, 0, // movl $0x4602, 0x300      SIPI to 0x2000
+    0xf4, 0xeb, 0xfd,                               // 1: hlt; jmp 1b
+];
+
+/// Lets DS of a real-mode guest begin at the page of its local APIC.
+pub fn reach_page(machine: &Machine) -> Outcome {
+    let mut data = [hv_register_assoc {
+        name: hv_register_name_HV_X64_REGISTER_DS,
+        ..Default::default()
+    }];
+    machine.vcpu.get_reg(&mut data)?;
+    data[0].value.segment.base = 0xfee0_0000;
+    Ok(machine.vcpu.set_reg(&data)?)
+}
+
+pub fn page_takes_all_kinds_of_accesses() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xa1, 0x30, 0,                            // mov 0x30, %eax        version
+        0xe6, 0x10,                                     // out %al, $0x10
+        0x66, 0xc7, 0x06, 0x80, 0, 0x20, 0, 0, 0,       // movl $0x20, 0x80      TPR
+        0x66, 0x0f, 0xb6, 0x06, 0x80, 0,                // movzbl 0x80, %eax
+        0xe6, 0x11,                                     // out %al, $0x11
+        0x66, 0x81, 0x0e, 0xf0, 0, 0, 0x01, 0, 0,       // orl $0x100, 0xf0      SVR
+        0x66, 0xf7, 0x06, 0xf0, 0, 0, 0x01, 0, 0,       // testl $0x100, 0xf0
+        0x0f, 0x95, 0xc0,                               // setnz %al
+        0xe6, 0x12,                                     // out %al, $0x12
+        0x66, 0xb8, 0x30, 0, 0, 0,                      // mov $0x30, %eax
+        0x66, 0x87, 0x06, 0x80, 0,                      // xchg %eax, 0x80
+        0xe6, 0x13,                                     // out %al, $0x13
+        0xc6, 0x06, 0x80, 0, 0x50,                      // movb $0x50, 0x80      not 32 bits: ignored
+        0x66, 0xc7, 0x06, 0x84, 0, 0x50, 0, 0, 0,       // movl $0x50, 0x84      not aligned: ignored
+        0x66, 0x8b, 0x0e, 0x80, 0,                      // mov 0x80, %ecx
+        0x88, 0xc8,                                     // mov %cl, %al
+        0xe6, 0x14,                                     // out %al, $0x14
+        0x66, 0xbe, 0x80, 0, 0, 0,                      // mov $0x80, %esi
+        0x66, 0xa5,                                     // movsl                 for the VMM
+    ];
+    let machine = Machine::new(&code)?;
+    reach_page(&machine)?;
+    for expected in [
+        (0x10, 0x14),
+        (0x11, 0x20),
+        (0x12, 1),
+        (0x13, 0x20),
+        (0x14, 0x30),
+    ] {
+        let seen = machine.next_port_write()?;
+        ensure!(seen == expected, "port {seen:x?}, not {expected:x?}");
+    }
+    let message = machine.next_message()?;
+    ensure!(
+        kind(&message) == hv_message_type_HVMSG_UNMAPPED_GPA,
+        "message {:#x}",
+        kind(&message)
+    );
+    let gpa = message.to_memory_info()?.guest_physical_address;
+    ensure!(gpa == 0xfee0_0080, "GPA {gpa:#x}");
+    Ok(())
+}
+
+pub fn end_of_a_level_interrupt_reaches_the_vmm() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0xfb,                                           // sti
+        0xf4, 0xeb, 0xfd,                               // 1: hlt; jmp 1b
+        0x66, 0xc7, 0x06, 0xb0, 0, 0, 0, 0, 0,          // 0x1004: movl $0, 0xb0   EOI
+        0xb0, 0x33,                                     // mov $0x33, %al
+        0xe6, 0x20,                                     // out %al, $0x20
+        0xcf,                                           // iret
+    ];
+    let machine = Machine::new(&code)?;
+    machine.handle(0x40, 0x1004)?;
+    reach_page(&machine)?;
+    machine.enable_apic()?;
+    for level_triggered in [false, true] {
+        machine.vm.request_virtual_interrupt(&InterruptRequest {
+            interrupt_type: hv_interrupt_type_HV_X64_INTERRUPT_TYPE_FIXED,
+            apic_id: 0,
+            vector: 0x40,
+            level_triggered,
+            logical_destination_mode: false,
+            long_mode: false,
+        })?;
+        if level_triggered {
+            let message = machine.next_message()?;
+            ensure!(
+                kind(&message) == hv_message_type_HVMSG_X64_APIC_EOI,
+                "message {:#x}",
+                kind(&message)
+            );
+            let end = message.to_apic_eoi_info()?;
+            let (vp, vector) = (end.vp_index, end.interrupt_vector);
+            ensure!((vp, vector) == (0, 0x40), "VP {vp} vector {vector:#x}");
+        }
+        ensure!(machine.next_port_write()? == (0x20, 0x33), "port");
+    }
+    Ok(())
+}
