@@ -10,6 +10,7 @@
 //! 0x0009_fc00 ├───────────────────────────────┤
 //!             │ RAM, reserved in e820:        │
 //!             │ 0xe_0000 ACPI tables          │
+//!             │ 0xf_fff0 reset vector         │
 //! 0x0010_0000 ├───────────────────────────────┤
 //!             │ RAM  kernel … initrd at top   │
 //! low RAM end ├───────────────────────────────┤ at most 3 GiB
@@ -44,7 +45,9 @@ pub const LOW_RESERVED: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first.
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI tables' window.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where kernels jump in real mode to have firmware reset the machine (SDM vol 3, 11.1.4).
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory for kernels begins.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// RAM below 4 GiB ends here at the latest.

@@ -70,6 +70,7 @@ pub fn load(mem: &GuestMemoryMmap, memory: u64, vps: u32, source: &BootSource) -
     write(mem, layout::CMDLINE + cmdline.len() as u64, &[0])?;
 
     write(mem, layout::ACPI, &acpi::build(vps)?)?;
+    write(mem, layout::RESET_VECTOR, &RESET_CODE)?;
     params::write(mem, memory, header, initrd)?;
     paging::write(mem)?;
     Ok(Loaded {
@@ -78,6 +79,19 @@ pub fn load(mem: &GuestMemoryMmap, memory: u64, vps: u32, source: &BootSource) -
         initrd,
     })
 }
+
+/// What a kernel without EFI finds when it restarts a machine with hardware-reduced ACPI, in real mode.
+#[rustfmt::skip]
+const RESET_CODE: [u8; 10] = {
+    let [low, high] = layout::RESET_PORT.to_le_bytes();
+    [
+        0xba, low, high,            // mov $RESET_PORT, %dx
+        0xb0, layout::RESET_VALUE,  // mov $RESET_VALUE, %al
+        0xee,                       // out %al, %dx
+        0xfa,                       // cli
+        0xf4, 0xeb, 0xfd,           // 1: hlt; jmp 1b
+    ]
+};
 
 /// Puts the initrd as high as it may be: the kernel unpacks upwards from its own place.
 fn load_initrd(mem: &GuestMemoryMmap, path: &Path, from: u64, to: u64) -> Result<(u64, u64)> {
