@@ -542,6 +542,12 @@ void hv_sys_preempt_enable(void)
 	preempt_enable();
 }
 
+bool hv_sys_must_reschedule(void);
+bool hv_sys_must_reschedule(void)
+{
+	return need_resched();
+}
+
 int hv_sys_guest_mode_work(void);
 int hv_sys_guest_mode_work(void)
 {

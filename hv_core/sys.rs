@@ -65,6 +65,7 @@ mod ffi {
         pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
         pub(super) fn hv_sys_preempt_disable();
         pub(super) fn hv_sys_preempt_enable();
+        pub(super) fn hv_sys_must_reschedule() -> bool;
         pub(super) fn hv_sys_guest_mode_work() -> c_int;
         pub(super) fn hv_sys_guest_mode_end();
         pub(super) fn hv_sys_reschedule() -> c_int;
@@ -571,6 +572,12 @@ pub(crate) fn guest_mode_work() -> Result {
 pub(crate) fn guest_mode_end() {
     // SAFETY: process context.
     unsafe { ffi::hv_sys_guest_mode_end() }
+}
+
+/// Whether another thread shall run on this CPU. Any context.
+pub(crate) fn must_reschedule() -> bool {
+    // SAFETY: looks at a flag of the current thread.
+    unsafe { ffi::hv_sys_must_reschedule() }
 }
 
 /// A point in a long loop: lets others run. `EINTR` if the process is being killed.

@@ -7,7 +7,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::uaccess::{UserPtr, UserSlice};
 
-use super::{address, hvcall, read, uapi, write};
+use super::{address, hvcall, read, uapi, write, write_bytes};
 use crate::root::{Partition, StateKind, Vp};
 use crate::sys;
 
@@ -43,7 +43,7 @@ impl VpFile {
         match command {
             uapi::RUN_VP => self
                 .vp()
-                .run(&self.partition, |message| write(argument, message)),
+                .run(&self.partition, |message| write_bytes(argument, message)),
             uapi::GET_VP_STATE => self.state(argument, false),
             uapi::SET_VP_STATE => self.state(argument, true),
             uapi::ROOT_HVCALL => hvcall::on_vp(&self.partition, self.vp(), argument),

@@ -8,6 +8,7 @@ use kernel::prelude::*;
 
 use super::partition::Partition;
 use super::vp::{quad, word, Message, Vp, PAYLOAD};
+use crate::abi::hypercall::PortWrite;
 use crate::sys::EventFd;
 use crate::x86::access::{decode, Access, Mode, Operation, Source};
 
@@ -75,7 +76,6 @@ impl Doorbells {
         if self.0.len() >= MOST {
             return Err(ENOSPC);
         }
-        self.0.reserve(1, GFP_KERNEL_ACCOUNT)?;
         let index = self.0.partition_point(|other| other.key() < bell.key());
         self.0
             .insert_within_capacity(index, bell)
@@ -83,28 +83,44 @@ impl Doorbells {
     }
 
     /// Clients do not repeat length and data: without data in the request, place and event decide.
-    fn remove(&mut self, like: &DoorbellRequest) -> Result {
+    fn remove(&mut self, like: &DoorbellRequest) -> Result<DoorbellRequest> {
         let index = self.0.iter().position(|bell| {
             bell.key() == like.key()
                 && bell.event == like.event
                 && (like.data.is_none() || (bell.data == like.data && bell.length == like.length))
         });
-        self.0
-            .remove(index.ok_or(ENOENT)?)
-            .map(drop)
-            .map_err(|_| ENOENT)
+        self.0.remove(index.ok_or(ENOENT)?).map_err(|_| ENOENT)
     }
 }
 
 impl Partition {
     /// Adds a doorbell; `EEXIST` if it collides with one.
     pub(crate) fn add_doorbell(&self, bell: DoorbellRequest) -> Result {
-        self.doorbells.lock().add(bell)
+        loop {
+            let mut bells = self.doorbells.lock();
+            let count = bells.0.len();
+            if count < bells.0.capacity() || count >= MOST {
+                return bells.add(bell);
+            }
+            drop(bells);
+            // Memory is taken without the lock, which VPs take with interrupts off.
+            let mut larger = KVVec::with_capacity((count * 2).max(16), GFP_KERNEL_ACCOUNT)?;
+            let mut bells = self.doorbells.lock();
+            if larger.capacity() > bells.0.len() {
+                while let Some(bell) = bells.0.pop() {
+                    larger.push_within_capacity(bell).map_err(|_| ENOMEM)?;
+                }
+                larger.reverse();
+                core::mem::swap(&mut bells.0, &mut larger);
+            }
+        }
     }
 
     /// Removes a doorbell; `ENOENT` if there is none like it.
     pub(crate) fn remove_doorbell(&self, like: &DoorbellRequest) -> Result {
-        self.doorbells.lock().remove(like)
+        // Dropped without the lock.
+        let removed = self.doorbells.lock().remove(like);
+        removed.map(drop)
     }
 
     /// A VP wrote to guest-physical memory that is not there. If that was a doorbell, it has been rung, and the length of
@@ -143,27 +159,19 @@ impl Partition {
         Ok(Some(length))
     }
 
-    /// A VP did port I/O. If that was a doorbell, it has been rung, and the length of the instruction is returned.
-    pub(super) fn ring_port_doorbell(&self, message: &Message) -> Result<Option<u8>> {
+    /// A VP wrote to a port. True if that was a doorbell, which has been rung. Any context.
+    pub(super) fn ring_port_doorbell(&self, write: PortWrite) -> bool {
         let bells = self.doorbells.lock();
-        let bells = bells.at(true, u64::from(word(message, PAYLOAD + 40) as u16));
-        let (length, kind) = (message[PAYLOAD + 4] & 0xf, message[PAYLOAD + 5]);
-        let info = message[PAYLOAD + 42];
-        let plain_write = kind == crate::abi::partition::access::WRITE && info & 0x18 == 0;
-        if bells.is_empty() || !plain_write || length == 0 {
-            return Ok(None);
+        let size = u32::from(write.size);
+        let mask = u32::MAX >> (32 - 8 * size.clamp(1, 4));
+        let bells = bells.at(true, write.port.into());
+        match pick(bells, size, || Ok((write.value & mask).into())) {
+            Ok(Some(bell)) => {
+                bell.event.signal();
+                true
+            }
+            _ => false,
         }
-        let size = u32::from(info & 7);
-        let mask = if size >= 4 {
-            0xffff_ffff
-        } else {
-            (1u64 << (size * 8)) - 1
-        };
-        let Some(bell) = pick(bells, size, || Ok(quad(message, PAYLOAD + 48) & mask))? else {
-            return Ok(None);
-        };
-        bell.event.signal();
-        Ok(Some(length))
     }
 }
 

@@ -5,13 +5,13 @@ use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 use kernel::mm::Mm;
-use kernel::new_mutex;
 use kernel::prelude::*;
 use kernel::seq_file::SeqFile;
 use kernel::seq_print;
 use kernel::sync::aref::ARef;
-use kernel::sync::{Arc, Mutex};
+use kernel::sync::{Arc, Mutex, SpinLock};
 use kernel::transmute::{AsBytes, FromBytes};
+use kernel::{new_mutex, new_spinlock};
 
 use super::call::{errno, rep_control, Answer};
 use super::doorbell::Doorbells;
@@ -50,7 +50,7 @@ pub(crate) struct Partition {
     pub(super) memory: Mutex<Memory>,
     pub(super) sizes: Sizes,
     #[pin]
-    pub(super) doorbells: Mutex<Doorbells>,
+    pub(super) doorbells: SpinLock<Doorbells>,
     #[pin]
     pub(super) interrupts: Mutex<Interrupts>,
     /// Owned; each is set once.
@@ -150,7 +150,7 @@ impl Partition {
                 life <- new_mutex!(Life { initialized: false }),
                 memory <- new_mutex!(Memory::new()),
                 sizes: Sizes::default(),
-                doorbells <- new_mutex!(Doorbells::new()),
+                doorbells <- new_spinlock!(Doorbells::new()),
                 interrupts <- new_mutex!(Interrupts::new()),
                 vps,
                 vp_limit: AtomicU32::new(0),

@@ -21,7 +21,7 @@ use kernel::sync::Mutex;
 use super::call::{bytes, bytes_mut, errno, variable_control};
 use super::memory::Fault;
 use super::partition::Partition;
-use crate::abi::hypercall::{code, private, state_page, DispatchEvent, VpRunPage};
+use crate::abi::hypercall::{code, private, state_page, DispatchEvent, PortWrite, VpRunPage};
 use crate::abi::partition::{
     access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
 };
@@ -181,7 +181,7 @@ impl Vp {
     pub(crate) fn run(
         &self,
         partition: &Partition,
-        deliver: impl FnOnce(&Message) -> Result,
+        deliver: impl FnOnce(&[u8]) -> Result,
     ) -> Result {
         let mut busy = self.busy.lock();
         let busy = &mut *busy;
@@ -190,9 +190,7 @@ impl Vp {
         let result = self.run_until(partition, bound, &mut busy.armed, &mut busy.message);
         sys::guest_mode_end();
         result?;
-        let answer = partition.fast(private::SHOW_REGISTERS, u64::from(self.index));
-        errno(answer.status)?;
-        deliver(&busy.message)
+        deliver(used(&busy.message))
     }
 
     fn run_until(
@@ -202,50 +200,73 @@ impl Vp {
         armed: &mut Armed,
         message: &mut Message,
     ) -> Result {
-        let mut stopped = sys::time();
+        // When the VP stopped, if it was dispatched yet.
+        let mut stopped = None;
         // Length of the instruction that the last message was about and that was completed here.
         let mut step = 0;
         loop {
             // With a step to be made the VP is dispatched in any case: nobody may see it before the instruction.
-            if step == 0 {
+            if step != 0 {
+                let _ = sys::reschedule();
+            } else {
                 sys::guest_mode_work()?;
-                let now = sys::time();
-                let pause = now.saturating_sub(stopped);
-                if pause > PAUSE {
-                    bound = bound.saturating_add(pause);
-                }
-                if now >= bound {
-                    return Err(EINTR);
+                if let Some(stopped) = stopped {
+                    let now = sys::time();
+                    let pause = now.saturating_sub(stopped);
+                    if pause > PAUSE {
+                        bound = bound.saturating_add(pause);
+                    }
+                    if now >= bound {
+                        return Err(EINTR);
+                    }
                 }
             }
-            let event = self.dispatch(partition, bound, armed, core::mem::take(&mut step))?;
-            if matches!(event, DispatchEvent::Halted | DispatchEvent::WaitForSipi) {
-                self.sleep(bound, armed)?;
-            }
-            stopped = sys::time();
+            let (event, left) = self.dispatch(partition, bound, armed, step)?;
+            step = left;
             match event {
+                DispatchEvent::Halted | DispatchEvent::WaitForSipi => self.sleep(bound, armed)?,
                 DispatchEvent::Signal => partition.scan_signals(),
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
+                    self.copy_message(message);
                     match self.finish_intercept(partition, message)? {
                         Some(length) => step = length,
-                        None => return Ok(()),
+                        None => return self.show(partition),
                     }
                 }
-                _ => {}
+                // No doorbell.
+                DispatchEvent::PortWrite => {
+                    self.intercepts.fetch_add(1, Ordering::Relaxed);
+                    self.show(partition)?;
+                    self.copy_message(message);
+                    return Ok(());
+                }
+                DispatchEvent::Interrupt | DispatchEvent::Deadline => {}
             }
+            stopped = Some(sys::time());
         }
     }
 
-    /// One dispatch on the CPU this happens to run on.
+    /// Has the image fill the pages that the VMM sees.
+    fn show(&self, partition: &Partition) -> Result {
+        errno(
+            partition
+                .fast(private::SHOW_REGISTERS, u64::from(self.index))
+                .status,
+        )
+    }
+
+    /// Dispatches it on the CPU this happens to run on until there is more to do than to ring doorbells. Besides the event,
+    /// the length of an instruction that is still to be stepped over.
     fn dispatch(
         &self,
         partition: &Partition,
         bound: u64,
         armed: &mut Armed,
         step: u8,
-    ) -> Result<DispatchEvent> {
-        let second = u64::from(self.index) | u64::from(step) << 32;
+    ) -> Result<(DispatchEvent, u8)> {
+        let at = |step: u8| u64::from(self.index) | u64::from(step) << 32;
+        let mut left = 0;
         let answer = loop {
             let preempt = PreemptOff::new();
             let cpu = sys::this_cpu();
@@ -262,14 +283,27 @@ impl Vp {
             fence(Ordering::SeqCst);
             self.kicked.store(false, Ordering::SeqCst);
             self.set_alarm(bound, armed);
-            let answer = partition.fast(code::DISPATCH_VP, second);
+            // A doorbell is rung without enabling interrupts: one that came ends the next run at once.
+            let mut answer = partition.fast(code::DISPATCH_VP, at(step));
+            while let Some(write) = PortWrite::from_value(answer.value) {
+                if !partition.ring_port_doorbell(write) {
+                    break;
+                }
+                if sys::must_reschedule() {
+                    left = write.length;
+                    answer.value = DispatchEvent::Interrupt as u64;
+                    break;
+                }
+                answer = partition.fast(code::DISPATCH_VP, at(write.length));
+            }
             self.running_cpu.store(NOWHERE, Ordering::SeqCst);
             drop(irqs);
             break answer;
         };
         self.dispatches.fetch_add(1, Ordering::Relaxed);
         errno(answer.status)?;
-        DispatchEvent::from_value(answer.value).ok_or(EIO)
+        let event = DispatchEvent::from_value(answer.value).ok_or(EIO)?;
+        Ok((event, left))
     }
 
     /// Makes sure that the alarm fires at the end of the run or at the VP's next timer, or before: then it is set again.
@@ -340,14 +374,27 @@ impl Vp {
         }
     }
 
-    /// Copies the message that the VP left, and finishes it here if possible. `None` if it is the VMM's; otherwise the VP goes
-    /// on behind an instruction of that length, or with 0 at the instruction.
-    fn finish_intercept(&self, partition: &Partition, copy: &mut Message) -> Result<Option<u8>> {
-        // SAFETY: the page lives as long as `self`. User space may write to it meanwhile, so it is copied once
-        // (a torn copy is only wrong data), and only the copy is looked at.
-        unsafe {
-            core::ptr::copy_nonoverlapping(self.message.address(), copy.as_mut_ptr(), copy.len());
+    /// Copies the message that the VP left.
+    fn copy_message(&self, copy: &mut Message) {
+        let page = self.message.address().cast::<u64>();
+        let mut words = copy.len() / 8;
+        for (index, to) in copy.chunks_exact_mut(8).enumerate() {
+            if index >= words {
+                break;
+            }
+            // SAFETY: the page lives as long as `self` and is longer than a message. User space may write to it meanwhile, so
+            // it is copied once (a torn copy is only wrong data), and only the copy is looked at.
+            let word = unsafe { page.add(index).read_volatile() };
+            to.copy_from_slice(&word.to_le_bytes());
+            if index == 0 {
+                words = (PAYLOAD + payload_size(word)).div_ceil(8);
+            }
         }
+    }
+
+    /// Finishes a message here if possible. `None` if it is the VMM's; otherwise the VP goes on behind an instruction of that
+    /// length, or with 0 at the instruction.
+    fn finish_intercept(&self, partition: &Partition, copy: &mut Message) -> Result<Option<u8>> {
         Ok(match word(copy, 0) {
             message::UNMAPPED_GPA | message::GPA_INTERCEPT => {
                 let gpa = quad(copy, PAYLOAD + 56);
@@ -365,7 +412,6 @@ impl Vp {
                     Fault::NotMemory | Fault::Denied => None,
                 }
             }
-            message::IO_PORT_INTERCEPT => partition.ring_port_doorbell(copy)?,
             message::APIC_EOI if partition.resample(word(copy, PAYLOAD + 4)) => Some(0),
             _ => None,
         })
@@ -502,6 +548,17 @@ impl Vp {
 
 /// Offset of the payload in a message.
 pub(super) const PAYLOAD: usize = 16;
+
+/// Bytes of the payload, of which the first word of a message tells.
+fn payload_size(first: u64) -> usize {
+    (first >> 32 & 0xff) as usize
+}
+
+/// The message without what is behind its payload.
+fn used(message: &Message) -> &[u8] {
+    let length = PAYLOAD + payload_size(quad(message, 0));
+    message.get(..length).unwrap_or(message)
+}
 
 /// The u32 at `offset`, 0 outside.
 pub(super) fn word(message: &Message, offset: usize) -> u32 {

@@ -109,19 +109,60 @@ pub enum DispatchEvent {
     Signal = 4,
     /// The deadline in the run page changed: program the timer, then dispatch again.
     Deadline = 5,
+    /// The VP wrote to a port, and nothing else is of note: see [`PortWrite`]. The root either completes it and dispatches
+    /// again, or has the message made by [`private::SHOW_REGISTERS`].
+    PortWrite = 6,
 }
 
 impl DispatchEvent {
     /// From RDX.
     pub const fn from_value(value: u64) -> Option<Self> {
-        Some(match value {
+        Some(match value & 0xff {
             0 => Self::Interrupt,
             1 => Self::Intercept,
             2 => Self::Halted,
             3 => Self::WaitForSipi,
             4 => Self::Signal,
             5 => Self::Deadline,
+            6 => Self::PortWrite,
             _ => return None,
+        })
+    }
+}
+
+/// What RDX says besides [`DispatchEvent::PortWrite`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortWrite {
+    /// The port.
+    pub port: u16,
+    /// Bytes written: 1, 2 or 4.
+    pub size: u8,
+    /// Bytes of the instruction.
+    pub length: u8,
+    /// EAX; only its low `size` bytes were written.
+    pub value: u32,
+}
+
+impl PortWrite {
+    /// RDX.
+    pub const fn to_value(self) -> u64 {
+        DispatchEvent::PortWrite as u64
+            | (self.length as u64 & 0xf) << 8
+            | (self.size as u64 & 7) << 12
+            | (self.port as u64) << 16
+            | (self.value as u64) << 32
+    }
+
+    /// From RDX, if that is the event.
+    pub const fn from_value(value: u64) -> Option<Self> {
+        if value & 0xff != DispatchEvent::PortWrite as u64 {
+            return None;
+        }
+        Some(Self {
+            port: (value >> 16) as u16,
+            size: (value >> 12 & 7) as u8,
+            length: (value >> 8 & 0xf) as u8,
+            value: (value >> 32) as u32,
         })
     }
 }

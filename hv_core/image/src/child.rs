@@ -7,7 +7,7 @@
 use core::sync::atomic::Ordering;
 
 use hv_abi::boot::BootInfo;
-use hv_abi::hypercall::{state_page, DispatchEvent, VpRunPage};
+use hv_abi::hypercall::{state_page, DispatchEvent, PortWrite, VpRunPage};
 use hv_x86::regs::rflags;
 
 use crate::apic::{DeliveryMode, Interrupt, IpiRequest, WriteEffect};
@@ -57,6 +57,8 @@ pub enum Next {
     Enter,
     /// Back to the root.
     Root(DispatchEvent),
+    /// The same, with a write to a port.
+    PortWrite(PortWrite),
 }
 
 impl<H: ChildHardware> Run<'_, H> {
@@ -126,17 +128,20 @@ impl<H: ChildHardware> Run<'_, H> {
         }
     }
 
+    /// Whether nothing came since the last full entry that another one would have to deliver. Whatever comes from outside ends
+    /// the run by an interrupt of the machine; the VP's timer, too: the root was told when it expires.
+    #[inline(always)]
+    fn is_quiet(&self) -> bool {
+        self.core.quiet
+            && !self.vp.posted.is_outstanding()
+            && self.core.seen_generation == self.partition().generation.load(Ordering::Acquire)
+    }
+
     /// Finishes an exit if it is a simple one and the VP can go on as it was: without interrupts, timers and changes to its
-    /// registers. Whatever comes from outside meanwhile ends the run by an interrupt of the machine; the VP's timer, too: the
-    /// root was told when it expires.
+    /// registers.
     #[inline(always)]
     pub fn finish_quickly(&mut self) -> bool {
-        let partition = self.partition();
-        if !self.core.quiet
-            || self.vp.posted.is_outstanding()
-            || self.core.seen_generation != partition.generation.load(Ordering::Acquire)
-            || !self.hardware.is_undisturbed(self.core)
-        {
+        if !self.is_quiet() || !self.hardware.is_undisturbed(self.core) {
             return false;
         }
         match self.hardware.quick_exit() {
@@ -145,6 +150,32 @@ impl<H: ChildHardware> Run<'_, H> {
             Some(QuickExit::MsrRead) => emulate::read_msr_quickly(self),
             None => false,
         }
+    }
+
+    /// Leaves with a write to a port, under the same conditions.
+    #[inline(always)]
+    pub fn leave_quickly(&mut self) -> Option<PortWrite> {
+        if !self.is_quiet() || !self.hardware.is_undisturbed(self.core) {
+            return None;
+        }
+        let access = self.hardware.quick_port_write()?;
+        Some(self.leave_with(access))
+    }
+
+    /// Goes on behind the write to a port that the root completed, if nothing else has happened to the VP since it left.
+    #[inline(always)]
+    pub fn resume_quickly(&mut self, step: u8) -> bool {
+        let quick = self.core.port_write.take().is_some()
+            && step != 0
+            && self.core.in_hardware
+            && !self.core.dirty
+            && !self.first
+            && self.core.last_cpu == self.cpu
+            && self.is_quiet();
+        if quick {
+            self.hardware.skip(self.core, step.into());
+        }
+        quick
     }
 
     /// Moves past the instruction of a quick exit, of `usual` bytes without prefixes.
@@ -301,7 +332,24 @@ impl<H: ChildHardware> Run<'_, H> {
         signalled
     }
 
+    /// Remembers a write to a port and tells the root of it.
+    #[inline(always)]
+    fn leave_with(&mut self, access: IoAccess) -> PortWrite {
+        self.core.port_write = Some(access);
+        PortWrite {
+            port: access.port,
+            size: access.size,
+            length: access.length,
+            value: self.hardware.eax(self.core),
+        }
+    }
+
     fn port(&mut self, access: IoAccess) -> Next {
+        if !access.is_in && !access.string {
+            // Whatever made this exit no quick one waits for a full entry.
+            self.core.quiet = false;
+            return Next::PortWrite(self.leave_with(access));
+        }
         self.pull();
         // Only a string access has anything in its bytes that the message does not say.
         let bytes = if access.string {
@@ -309,16 +357,7 @@ impl<H: ChildHardware> Run<'_, H> {
         } else {
             ([0; 16], 0)
         };
-        self.message(|run| {
-            messages::io_port(
-                run.vp.index,
-                &run.core.state,
-                run.core.apic.cr8() as u8,
-                &access,
-                bytes.0,
-                bytes.1,
-            )
-        })
+        self.message(|run| port_message(run.vp.index, run.core, &access, bytes))
     }
 
     fn memory(&mut self, gpa: u64, write: bool, execute: bool, gva: Option<u64>) -> Next {
@@ -357,7 +396,7 @@ impl<H: ChildHardware> Run<'_, H> {
     }
 
     /// Leaves a message for the VMM.
-    fn message(&mut self, make: impl FnOnce(&Self) -> [u64; 32]) -> Next {
+    fn message(&mut self, make: impl FnOnce(&Self) -> messages::Message) -> Next {
         self.pull();
         self.save_requeue();
         let message = make(self);
@@ -592,6 +631,28 @@ impl<H: ChildHardware> Run<'_, H> {
             self.changed();
         } else if !self.core.dirty {
             self.hardware.load_general(self.core);
+        }
+    }
+}
+
+fn port_message(
+    vp_index: u32,
+    core: &VpCore,
+    access: &IoAccess,
+    (bytes, count): ([u8; 16], u8),
+) -> messages::Message {
+    let cr8 = core.apic.cr8() as u8;
+    messages::io_port(vp_index, &core.state, cr8, access, bytes, count)
+}
+
+/// Leaves the message about a write to a port that the root does not complete. The registers are in `core.state`.
+pub fn show_port_write(vp_index: u32, core: &mut VpCore) {
+    let [_, page, _] = core.pages;
+    if let Some(access) = core.port_write.take() {
+        core.state.intercept_suspend = true;
+        if page != 0 {
+            let message = port_message(vp_index, core, &access, ([0; 16], 0));
+            shared_write(page, message);
         }
     }
 }

@@ -473,6 +473,7 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         root_msrs: [0; 8],
         overrides: 0,
         quiet: false,
+        port_write: None,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }
 }

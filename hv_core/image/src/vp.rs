@@ -5,6 +5,7 @@ use core::sync::atomic::AtomicU64;
 
 use crate::apic::{LocalApic, Posted};
 use crate::arch::object::{Handle, Owned};
+use crate::arch::IoAccess;
 use crate::cpuid_cache::CpuidCache;
 use crate::partition::Partition;
 use crate::vp_state::VpState;
@@ -55,6 +56,8 @@ pub struct VpCore {
     pub overrides: u64,
     /// At the last full entry nothing waited for delivery.
     pub quiet: bool,
+    /// The write to a port with which it went to the root, until there is a message about it or it is dispatched again.
+    pub port_write: Option<IoAccess>,
     /// What CPUID said last.
     pub cpuid: CpuidCache,
 }

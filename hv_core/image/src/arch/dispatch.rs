@@ -67,16 +67,27 @@ pub fn dispatch<W: WorldSwitch>(
         hardware,
         first,
     };
-    run.absorb_register_page();
-    if step != 0 {
-        run.skip_by(step.into());
-    }
-    match run.enter() {
+    let next = if run.resume_quickly(step) {
+        Next::Enter
+    } else {
+        run.absorb_register_page();
+        if step != 0 {
+            run.skip_by(step.into());
+        }
+        run.enter()
+    };
+    match next {
         Next::Root(event) => {
             finish(&mut run, event);
             drop(run);
             W::close(area, &core);
             Ok(Some(event))
+        }
+        // Only an exit says so.
+        Next::PortWrite(_) => {
+            drop(run);
+            W::close(area, &core);
+            Err(HvStatus::INVALID_VP_STATE)
         }
         Next::Enter => {
             drop(run);
@@ -91,7 +102,7 @@ pub fn dispatch<W: WorldSwitch>(
     }
 }
 
-/// Fills the register page of a VP that nobody runs; `pull` brings its registers out of the control structure.
+/// Fills the register page of a VP that nobody runs, and the message page if it left with a write to a port; `pull` brings its registers out of the control structure.
 pub fn show_registers(
     pull: fn(u64, &mut VpCore),
     root_control: u64,
@@ -102,6 +113,7 @@ pub fn show_registers(
     let vp = target.vp(index)?;
     let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
     pull(root_control, &mut core);
+    crate::child::show_port_write(index, &mut core);
     crate::child::show_registers(&core);
     Ok(())
 }
@@ -153,6 +165,11 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     // SAFETY: as in `quick_exit`.
     let mut core = unsafe { vp.core.resume() };
     let mut run = exited::<W>(area, vp, &mut core);
+    if let Some(write) = run.leave_quickly() {
+        drop(run);
+        back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, write.to_value());
+        return context(area);
+    }
     match run.after_exit() {
         Next::Enter => {
             drop(run);
@@ -162,6 +179,11 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
             finish(&mut run, event);
             drop(run);
             back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, event as u64);
+        }
+        Next::PortWrite(write) => {
+            run.tell_deadline();
+            drop(run);
+            back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, write.to_value());
         }
     }
     context(area)

@@ -287,6 +287,8 @@ pub trait ChildHardware {
     fn is_undisturbed(&self, core: &VpCore) -> bool;
     /// The exit, if it is one of those; readies the structure for the next entry after an undisturbed exit.
     fn quick_exit(&mut self) -> Option<QuickExit>;
+    /// The same for OUT.
+    fn quick_port_write(&mut self) -> Option<IoAccess>;
     /// Registers into the structure.
     fn load(&mut self, core: &VpCore);
     /// General registers, RIP and RFLAGS into the structure, where all others are up to date.

@@ -60,6 +60,21 @@ fn from_vmcb(s: VmcbSegment) -> Segment {
     }
 }
 
+/// The access of an exit for I/O (APM 15.10.2).
+#[inline(always)]
+fn io_access(v: &Vmcb) -> IoAccess {
+    let i = v.exit_info_1;
+    IoAccess {
+        port: (i >> 16) as u16,
+        size: (i >> 4 & 7) as u8,
+        is_in: i & 1 != 0,
+        string: i & 4 != 0,
+        rep: i & 8 != 0,
+        segment: (i >> 10 & 7) as u8,
+        length: v.exit_info_2.wrapping_sub(v.rip) as u8,
+    }
+}
+
 impl SvmChild<'_> {
     /// Sets up a new block: everything exits that the root or the hypervisor must see.
     pub fn prepare(&mut self, slat: u64) {
@@ -106,6 +121,17 @@ impl ChildHardware for SvmChild<'_> {
             exit::MSR if v.exit_info_1 & 1 == 0 => Some(QuickExit::MsrRead),
             _ => None,
         }
+    }
+
+    #[inline(always)]
+    fn quick_port_write(&mut self) -> Option<IoAccess> {
+        let v = &mut *self.vmcb;
+        // Neither IN nor string.
+        if v.exit_code != exit::IOIO || v.exit_info_1 & 5 != 0 {
+            return None;
+        }
+        v.tlb_control = 0;
+        Some(io_access(v))
     }
 
     fn load_general(&mut self, core: &VpCore) {
@@ -262,19 +288,7 @@ impl ChildHardware for SvmChild<'_> {
             exit::MSR if v.exit_info_1 & 1 == 0 => ChildExit::MsrRead,
             exit::MSR => ChildExit::MsrWrite,
             exit::XSETBV => ChildExit::Xsetbv,
-            exit::IOIO => {
-                let i = v.exit_info_1;
-                let segment = (i >> 10 & 7) as u8;
-                ChildExit::Io(IoAccess {
-                    port: (i >> 16) as u16,
-                    size: (i >> 4 & 7) as u8,
-                    is_in: i & 1 != 0,
-                    string: i & 4 != 0,
-                    rep: i & 8 != 0,
-                    segment,
-                    length: v.exit_info_2.wrapping_sub(v.rip) as u8,
-                })
-            }
+            exit::IOIO => ChildExit::Io(io_access(v)),
             exit::NPF => ChildExit::Fault {
                 gpa: v.exit_info_2,
                 write: v.exit_info_1 & 2 != 0,

@@ -377,6 +377,25 @@ fn exception_or_nmi() -> ChildExit {
     }
 }
 
+/// The access of an exit for I/O with this qualification: size - 1 in 2:0, IN 3, string 4, REP 5, port in 31:16 (SDM table 28-5).
+#[inline(always)]
+fn io_access(q: u64) -> IoAccess {
+    let string = q & 16 != 0;
+    IoAccess {
+        port: (q >> 16) as u16,
+        size: (q & 7) as u8 + 1,
+        is_in: q & 8 != 0,
+        string,
+        rep: q & 32 != 0,
+        segment: if string {
+            (read(field::EXIT_INSTRUCTION_INFORMATION) >> 15 & 7) as u8
+        } else {
+            0
+        },
+        length: read(field::EXIT_INSTRUCTION_LENGTH) as u8,
+    }
+}
+
 impl ChildHardware for VmxChild {
     #[inline(always)]
     fn is_undisturbed(&self, _: &VpCore) -> bool {
@@ -392,6 +411,16 @@ impl ChildHardware for VmxChild {
             reason::RDMSR => Some(QuickExit::MsrRead),
             _ => None,
         }
+    }
+
+    #[inline(always)]
+    fn quick_port_write(&mut self) -> Option<IoAccess> {
+        if read(field::EXIT_REASON) as u32 != reason::IO {
+            return None;
+        }
+        let q = read(field::EXIT_QUALIFICATION);
+        // Neither IN nor string.
+        (q & 0x18 == 0).then(|| io_access(q))
     }
 
     fn load_general(&mut self, core: &VpCore) {
@@ -514,20 +543,7 @@ impl ChildHardware for VmxChild {
             reason::XSETBV => ChildExit::Xsetbv,
             reason::TRIPLE_FAULT => ChildExit::TripleFault,
             reason::INIT | reason::SIPI => ChildExit::Nmi,
-            reason::IO => {
-                // Qualification: size - 1 in 2:0, IN 3, string 4, REP 5, port in 31:16 (SDM table 28-5).
-                let q = read(field::EXIT_QUALIFICATION);
-                let information = read(field::EXIT_INSTRUCTION_INFORMATION);
-                ChildExit::Io(IoAccess {
-                    port: (q >> 16) as u16,
-                    size: (q & 7) as u8 + 1,
-                    is_in: q & 8 != 0,
-                    string: q & 16 != 0,
-                    rep: q & 32 != 0,
-                    segment: (information >> 15 & 7) as u8,
-                    length: read(field::EXIT_INSTRUCTION_LENGTH) as u8,
-                })
-            }
+            reason::IO => ChildExit::Io(io_access(read(field::EXIT_QUALIFICATION))),
             reason::CR_ACCESS => {
                 let q = read(field::EXIT_QUALIFICATION);
                 let register = (q >> 8 & 15) as u8;
