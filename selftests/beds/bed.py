@@ -172,8 +172,7 @@ BOCHS_TIME = "tsc=unstable tsc_early_khz=100000"
 
 Q35 = ["-machine", "q35", "-cpu", "max", "-m", "1G"]
 IOMMU = ["-device", "intel-iommu,intremap=on,eim=on"]
-# One thread for both: with a thread for each, on a busy host, timer interrupts were lost, and VMRUN and #VMEXIT mixed the
-# states of guest and host, about once in ten boots of a child.
+# One thread for both: with a thread for each, on a busy host, about one boot of a child in ten got stuck, in two ways (docs/beds.md).
 TWO_CPUS = ["-accel", "tcg,thread=single", "-smp", "2"]
 COUNTED_CPU = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
 
