@@ -76,7 +76,7 @@ xsetbv_is_checked() {
 }
 
 ktap_print_header
-ktap_set_plan 17
+ktap_set_plan 18
 modprobe msr
 state /tmp/state.native
 ktap_test_result "state_is_stable" state_is /tmp/state.native
@@ -95,6 +95,7 @@ ktap_test_result "cpuid_differs_only_where_allowed" differ_only_where_allowed
 ktap_test_result "cpuid_hides_the_extension" only_the_extension_is_hidden
 ktap_test_result "cpuid_mirrors_cr4" cr4_is_mirrored
 ktap_test_result "cpuid_says_microsoft" vendor_is_microsoft
+ktap_test_result "cpuid_says_root" grep -qx 'cpu0 40000003.0 0* 0*1005 0* 0*' /tmp/cpuid.launched
 ktap_test_result "msrs_hide_the_extension" extension_is_hidden_in_msrs
 ktap_test_result "unknown_msr_faults" unknown_msr_faults
 ktap_test_result "single_step_traps_at_the_same_places" diff /tmp/step.native /tmp/step.launched

@@ -177,7 +177,10 @@ fn emulate_cpuid(p: &mut impl Processor, on: RootCpu<'_>) {
     p.skip();
 }
 
-/// The TLFS leaves (TLFS 2.4). No enlightenment is offered to the root: its bits stay off.
+/// EBX of leaf 0x40000003: CreatePartitions, AccessMemoryPool and CpuManagement, by which software tells a root from a guest.
+const ROOT_PRIVILEGES: u32 = 1 << 0 | 1 << 2 | 1 << 12;
+
+/// The TLFS leaves (TLFS 2.4): a root's privileges. No enlightenment is offered to it: their bits stay off.
 fn hypervisor_leaf(leaf: u32) -> [u32; 4] {
     match leaf {
         0x4000_0000 => {
@@ -185,6 +188,7 @@ fn hypervisor_leaf(leaf: u32) -> [u32; 4] {
             [0x4000_0006, b, c, d]
         }
         0x4000_0001 => [u32::from_le_bytes(*b"Hv#1"), 0, 0, 0],
+        0x4000_0003 => [0, ROOT_PRIVILEGES, 0, 0],
         _ => [0; 4],
     }
 }
