@@ -240,19 +240,26 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::TripleFault => {
                 self.core.shut_down = true;
             }
-            ChildExit::InvalidState => {
-                return self.message(|run| messages::invalid_vp_register(run.vp.index))
+            ChildExit::InvalidState(reason) => {
+                self.log(format_args!(
+                    "the processor refuses its registers, reason {reason:#x}"
+                ));
+                return self.message(|run| messages::invalid_vp_register(run.vp.index));
             }
             ChildExit::Unknown(code) => {
-                crate::log!(
-                    "partition {:#x} VP {}: exit {code:#x} unknown",
-                    self.partition().id,
-                    self.vp.index
-                );
+                self.log(format_args!("exit {code:#x} unknown"));
                 return self.message(|run| messages::unsupported_feature(run.vp.index, code));
             }
         }
         self.enter()
+    }
+
+    /// Logs a line about the VP, if it is the first.
+    pub fn log(&mut self, what: core::fmt::Arguments<'_>) {
+        if !core::mem::replace(&mut self.core.logged, true) {
+            let (partition, vp) = (self.partition().id, self.vp.index);
+            crate::log!("partition {partition:#x} VP {vp}: {what}");
+        }
     }
 
     fn register(&mut self, number: u8) -> u64 {
@@ -484,7 +491,14 @@ impl<H: ChildHardware> Run<'_, H> {
             self.core.state.nmi_masked = true;
             self.hardware.inject_nmi();
         } else if pending.ext_int.is_some() || pending.vector.is_some() {
-            if self.hardware.interrupts_open(self.core) {
+            let offer = match (pending.ext_int, pending.vector) {
+                (None, vector) => vector,
+                _ => None,
+            };
+            if !self.hardware.interrupts_open(self.core) {
+                self.hardware.request_window();
+            } else if !offer.is_some_and(|vector| self.hardware.offer_interrupt(self.core, vector))
+            {
                 let vector = match self.core.apic.take_ext_int() {
                     Some(vector) => vector,
                     None => {
@@ -497,8 +511,6 @@ impl<H: ChildHardware> Run<'_, H> {
                 if !self.core.apic.pending().is_empty() {
                     self.hardware.request_window();
                 }
-            } else {
-                self.hardware.request_window();
             }
         } else if pending.nmi {
             self.hardware.request_nmi_window();

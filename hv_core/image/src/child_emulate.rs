@@ -401,10 +401,7 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
         Effect::FlushL1d => cpu::wbinvd(),
         Effect::Crash => {
             let crash = partition.inner.lock().state.crash;
-            crate::log!(
-                "partition {:#x}: the guest reports a crash {crash:x?}",
-                partition.id
-            );
+            run.log(format_args!("the guest reports a crash {crash:x?}"));
         }
         Effect::Reset => run.core.shut_down = true,
         Effect::HypercallPage(None)

@@ -473,7 +473,9 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         root_msrs: [0; 8],
         overrides: 0,
         quiet: false,
+        offered: None,
         port_write: None,
+        logged: false,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }
 }

@@ -46,6 +46,8 @@ pub struct VpCore {
     /// Event to deliver at the next entry because the last exit interrupted its delivery: entry
     /// interruption information in VMX form (SDM 26.8.3) and error code.
     pub requeue: (u32, u32),
+    /// AMD-V: vector of the interrupt that the last entry offered. It is in the IRR until the processor took it.
+    pub offered: Option<u8>,
     /// An interrupt or NMI window was requested at the last entry.
     pub window_requested: bool,
     /// VT-x: tag of its translations, unique on this machine.
@@ -58,6 +60,8 @@ pub struct VpCore {
     pub quiet: bool,
     /// The write to a port with which it went to the root, until there is a message about it or it is dispatched again.
     pub port_write: Option<IoAccess>,
+    /// A line about the VP was logged: each VP gets one, so that no guest and no VMM floods the root's log.
+    pub logged: bool,
     /// What CPUID said last.
     pub cpuid: CpuidCache,
 }

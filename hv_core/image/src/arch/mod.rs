@@ -262,8 +262,8 @@ pub enum ChildExit {
     },
     /// Triple fault.
     TripleFault,
-    /// The processor refused the registers.
-    InvalidState,
+    /// The processor refused the registers, with the vendor's code.
+    InvalidState(u64),
     /// Nothing known, with the vendor's code.
     Unknown(u64),
 }
@@ -323,6 +323,12 @@ pub trait ChildHardware {
     fn inject_nmi(&mut self);
     /// Delivers an external interrupt at the entry.
     fn inject_interrupt(&mut self, vector: u8);
+    /// Has the processor take an interrupt of the local APIC by itself, if it can: then [`Self::after_exit`] acknowledges it once it
+    /// was taken.
+    fn offer_interrupt(&mut self, core: &mut VpCore, vector: u8) -> bool {
+        let _ = (core, vector);
+        false
+    }
     /// An exception in the form of [`Self::inject`].
     fn exception(vector: u8, error: Option<u32>) -> (u32, u32);
     /// Whether an interrupt can be delivered at the entry.

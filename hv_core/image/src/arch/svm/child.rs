@@ -22,6 +22,7 @@ const V_INTR_PRIORITY: u64 = 0xf << 16;
 const V_IGNORE_TPR: u64 = 1 << 20;
 const V_INTR_MASKING: u64 = 1 << 24;
 const V_TPR: u64 = 0xf;
+const V_INTR_VECTOR: u64 = 0xff << 32;
 /// Event types (APM 15.20).
 const TYPE_INTERRUPT: u64 = 0;
 const TYPE_NMI: u64 = 2;
@@ -255,7 +256,8 @@ impl ChildHardware for SvmChild<'_> {
         let v = &mut *self.vmcb;
         core.state.context.gprs[0] = v.rax;
         v.tlb_control = 0;
-        if v.interrupt_control & V_IRQ != 0 {
+        let waits = v.interrupt_control & V_IRQ != 0;
+        if waits {
             v.interrupt_control &= !(V_IRQ | V_INTR_PRIORITY | V_IGNORE_TPR);
             v.intercepts[3] &= !intercept::W3_VINTR;
         }
@@ -266,12 +268,21 @@ impl ChildHardware for SvmChild<'_> {
         // What an exit interrupted is delivered again, in VMX form: the types agree but for software
         // interrupts, which AMD-V delivers again by itself.
         let info = v.exit_interrupt_info;
-        core.requeue = if info >> 31 & 1 != 0 {
+        core.requeue = if info & VALID != 0 {
             ((info & 0xffff_ffff) as u32, (info >> 32) as u32)
         } else {
             (0, 0)
         };
         v.event_injection = 0;
+        if let Some(vector) = core.offered.take() {
+            // One whose delivery the exit cut short is offered again.
+            let cut = info & VALID != 0 && info as u8 == vector;
+            if cut {
+                core.requeue = (0, 0);
+            } else if !waits {
+                core.apic.acknowledge(vector);
+            }
+        }
     }
 
     fn exit(&mut self, core: &VpCore) -> ChildExit {
@@ -311,7 +322,7 @@ impl ChildHardware for SvmChild<'_> {
             },
             exit::SHUTDOWN => ChildExit::TripleFault,
             exit::INVLPGA | exit::VMRUN | 0x82..=exit::SKINIT | 0x8a..=0x8c => ChildExit::Undefined,
-            exit::INVALID => ChildExit::InvalidState,
+            exit::INVALID => ChildExit::InvalidState(v.exit_code),
             _ => {
                 let _ = core;
                 ChildExit::Unknown(v.exit_code)
@@ -399,6 +410,20 @@ impl ChildHardware for SvmChild<'_> {
 
     fn inject_interrupt(&mut self, vector: u8) {
         self.vmcb.event_injection = VALID | TYPE_INTERRUPT << 8 | u64::from(vector);
+    }
+
+    /// As a virtual interrupt (APM 15.21.4). QEMU delivers an interrupt that is injected instead a second time if its own timers
+    /// get its attention just then.
+    fn offer_interrupt(&mut self, core: &mut VpCore, vector: u8) -> bool {
+        let v = &mut *self.vmcb;
+        v.intercepts[3] &= !intercept::W3_VINTR;
+        v.interrupt_control = v.interrupt_control & !V_INTR_VECTOR
+            | V_IRQ
+            | V_INTR_PRIORITY
+            | V_IGNORE_TPR
+            | u64::from(vector) << 32;
+        core.offered = Some(vector);
+        true
     }
 
     fn exception(vector: u8, error: Option<u32>) -> (u32, u32) {

@@ -524,11 +524,7 @@ impl ChildHardware for VmxChild {
     fn exit(&mut self, _: &VpCore) -> ChildExit {
         let full = read(field::EXIT_REASON) as u32;
         if full & ENTRY_FAILED != 0 {
-            crate::log!(
-                "child entry refused: reason {full:#x} qualification {:#x}",
-                read(field::EXIT_QUALIFICATION)
-            );
-            return ChildExit::InvalidState;
+            return ChildExit::InvalidState(full.into());
         }
         match full & 0xffff {
             reason::EXTERNAL_INTERRUPT | reason::PREEMPTION_TIMER => ChildExit::ExternalInterrupt,
