@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 22] = [
+const CHECKS: [Check; 23] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -46,6 +46,10 @@ const CHECKS: [Check; 22] = [
     (
         "doorbells_ring_without_an_exit",
         doorbells_ring_without_an_exit,
+    ),
+    (
+        "port_doorbells_ring_without_an_exit",
+        port_doorbells_ring_without_an_exit,
     ),
     (
         "run_of_a_halted_vp_ends_in_time",
@@ -644,6 +648,56 @@ fn run_of_a_busy_vp_ends_in_time() -> Outcome {
         let took = interrupted_run(&machine)?;
         ensure!((5..500).contains(&took.as_millis()), "{took:?}");
     }
+    Ok(())
+}
+
+/// Ports too: by value and width, with a step over the write that is as good as the processor's.
+fn port_doorbells_ring_without_an_exit() -> Outcome {
+    const PORT: u16 = 0x510;
+    #[rustfmt::skip]
+    let code = [
+        0xba, 0x10, 0x05, // 0x1000: mov $0x510, %dx
+        0xb8, 0x07, 0x01, // mov $0x107, %ax
+        0xee,             // out %al, %dx       rings
+        0xef,             // out %ax, %dx       another width: for the VMM
+        0xb0, 0x08,       // mov $8, %al
+        0xee,             // out %al, %dx       another value: for the VMM
+        0xb0, 0x07,       // mov $7, %al
+        0x68, 0x02, 0x01, // push $0x102        TF
+        0x9d,             // 0x1010: popf
+        0xee,             // 0x1011: out %al, %dx       rings, and traps
+        0xf4,             // 0x1012: hlt
+    ];
+    #[rustfmt::skip]
+    let debug = [
+        0x8b, 0xec,       // 0x1080: mov %sp, %bp
+        0x8a, 0x46, 0x00, // mov (%bp), %al     the low byte of the return address
+        0xe6, 0x12,       // out %al, $0x12
+        0xf4,             // hlt
+    ];
+    let machine = Machine::new(&code)?;
+    machine.memory.write(0x80, &debug);
+    machine.handle(1, 0x1080)?;
+    let event = EventFd::new(EFD_NONBLOCK)?;
+    let bell = mshv_user_ioeventfd {
+        datamatch: 7,
+        addr: PORT.into(),
+        len: 1,
+        fd: event.as_raw_fd(),
+        flags: 1 << MSHV_IOEVENTFD_BIT_DATAMATCH | 1 << MSHV_IOEVENTFD_BIT_PIO,
+        ..Default::default()
+    };
+    ioctl(machine.vm.as_raw_fd(), 0x4020_b804, &raw const bell as u64)?;
+    for value in [7, 8] {
+        let seen = machine.next_port_write()?;
+        ensure!(seen == (PORT, value), "port {seen:x?} for {value}");
+    }
+    let rung = event.read().ok();
+    ensure!(rung == Some(1), "rung {rung:?} before the step");
+    let trap = machine.next_port_write()?;
+    ensure!(trap == (0x12, 0x12), "trap {trap:x?}");
+    let rung = event.read().ok();
+    ensure!(rung == Some(1), "rung {rung:?} with the step");
     Ok(())
 }
 
