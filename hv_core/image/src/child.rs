@@ -57,8 +57,6 @@ pub enum Next {
     Enter,
     /// Back to the root.
     Root(DispatchEvent),
-    /// The same, with a write to a port.
-    PortWrite(PortWrite),
 }
 
 impl<H: ChildHardware> Run<'_, H> {
@@ -154,12 +152,15 @@ impl<H: ChildHardware> Run<'_, H> {
 
     /// Leaves with a write to a port, under the same conditions.
     #[inline(always)]
-    pub fn leave_quickly(&mut self) -> Option<PortWrite> {
-        if !self.is_quiet() || !self.hardware.is_undisturbed(self.core) {
-            return None;
+    pub fn leave_quickly(&mut self) -> bool {
+        let Some(access) = self.hardware.quick_port_write() else {
+            return false;
+        };
+        let quick = self.is_quiet() && self.hardware.is_undisturbed(self.core);
+        if quick {
+            self.core.port_write = Some(access);
         }
-        let access = self.hardware.quick_port_write()?;
-        Some(self.leave_with(access))
+        quick
     }
 
     /// Goes on behind the write to a port that the root completed, if nothing else has happened to the VP since it left.
@@ -339,15 +340,18 @@ impl<H: ChildHardware> Run<'_, H> {
         signalled
     }
 
-    /// Remembers a write to a port and tells the root of it.
+    /// What RDX says to the root of an event.
     #[inline(always)]
-    fn leave_with(&mut self, access: IoAccess) -> PortWrite {
-        self.core.port_write = Some(access);
-        PortWrite {
-            port: access.port,
-            size: access.size,
-            length: access.length,
-            value: self.hardware.eax(self.core),
+    pub fn event_value(&self, event: DispatchEvent) -> u64 {
+        match self.core.port_write {
+            Some(access) if event == DispatchEvent::PortWrite => PortWrite {
+                port: access.port,
+                size: access.size,
+                length: access.length,
+                value: self.hardware.eax(self.core),
+            }
+            .to_value(),
+            _ => event as u64,
         }
     }
 
@@ -355,7 +359,8 @@ impl<H: ChildHardware> Run<'_, H> {
         if !access.is_in && !access.string {
             // Whatever made this exit no quick one waits for a full entry.
             self.core.quiet = false;
-            return Next::PortWrite(self.leave_with(access));
+            self.core.port_write = Some(access);
+            return Next::Root(DispatchEvent::PortWrite);
         }
         self.pull();
         // Only a string access has anything in its bytes that the message does not say.

@@ -83,12 +83,6 @@ pub fn dispatch<W: WorldSwitch>(
             W::close(area, &core);
             Ok(Some(event))
         }
-        // Only an exit says so.
-        Next::PortWrite(_) => {
-            drop(run);
-            W::close(area, &core);
-            Err(HvStatus::INVALID_VP_STATE)
-        }
         Next::Enter => {
             drop(run);
             switch::to_child(area, &core);
@@ -102,7 +96,8 @@ pub fn dispatch<W: WorldSwitch>(
     }
 }
 
-/// Fills the register page of a VP that nobody runs, and the message page if it left with a write to a port; `pull` brings its registers out of the control structure.
+/// Fills the register page of a VP that nobody runs, and the message page if it left with a write to a port; `pull` brings its
+/// registers out of the control structure.
 pub fn show_registers(
     pull: fn(u64, &mut VpCore),
     root_control: u64,
@@ -165,9 +160,10 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     // SAFETY: as in `quick_exit`.
     let mut core = unsafe { vp.core.resume() };
     let mut run = exited::<W>(area, vp, &mut core);
-    if let Some(write) = run.leave_quickly() {
+    if run.leave_quickly() {
+        let value = run.event_value(DispatchEvent::PortWrite);
         drop(run);
-        back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, write.to_value());
+        back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, value);
         return context(area);
     }
     match run.after_exit() {
@@ -177,13 +173,9 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
         }
         Next::Root(event) => {
             finish(&mut run, event);
+            let value = run.event_value(event);
             drop(run);
-            back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, event as u64);
-        }
-        Next::PortWrite(write) => {
-            run.tell_deadline();
-            drop(run);
-            back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, write.to_value());
+            back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, value);
         }
     }
     context(area)
