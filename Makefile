@@ -3,7 +3,7 @@
 # KDIR=... builds the modules for another kernel tree. The kernel's own build files are Kbuild and hv_core/Kbuild.
 
 .DEFAULT_GOAL := modules
-.PHONY: help setup all modules install demo test bench fuzz-mshv lint clean
+.PHONY: help setup all modules install demo test bench soak fuzz-mshv lint clean
 
 SETUP := tools/build/setup
 IN := tools/build/in-root
@@ -16,6 +16,8 @@ TEST :=
 # Length and first number of `make fuzz-mshv`; an empty seed is a new one each time.
 FUZZ_SECONDS := 600
 FUZZ_SEED :=
+# Children of `make soak`.
+BOOTS := 20
 export KDIR HV_CACHE HV_SERIES HV_MIRROR
 
 help: ## Lists the targets
@@ -42,6 +44,9 @@ test: modules ## Runs lint, unit tests and all beds; BED=svm TEST=launch runs on
 
 bench: modules ## Counts the instructions of exits, KVM's and ours on the same beds (10 minutes)
 	@$(IN) selftests/run --bed svm-count,vmx-count --test exit_cost
+
+soak: modules ## Boots BOOTS children in a row on AMD-V and on VT-x (20: an hour)
+	@$(IN) selftests/run --bed "$(or $(BED),svm,vmx)" --test boot --timeout $$(($(BOOTS) * 60 + 120)) --kernel child_boots=$(BOOTS) --verbose
 
 fuzz-mshv: modules ## Random ioctls on /dev/mshv for FUZZ_SECONDS; what it found is found again with FUZZ_SEED
 	@$(IN) selftests/run --bed "$(or $(BED),svm)" --test mshv_fuzz --timeout $$(($(FUZZ_SECONDS) * 2 + 120)) \
