@@ -40,7 +40,7 @@ module! {
         },
         provoke: i32 {
             default: -1,
-            description: "Test: fault of the image after the launch (0 #GP, 1 #PF, 2 panic, 3 when CPUID 400000ffh is executed), -1 for none",
+            description: "Test: fault of the image after the launch (0 #GP, 1 #PF, 2 panic, 3 #MC, 4 when CPUID 400000ffh is executed), -1 for none",
         },
     },
 }

@@ -29,6 +29,7 @@
 #include <asm/apic.h>
 #include <asm/cpufeature.h>
 #include <asm/io.h>
+#include <asm/mce.h>
 #include <asm/msr.h>
 #include <asm/processor.h>
 #include <asm/tsc.h>
@@ -75,6 +76,17 @@ u64 hv_sys_user_cr3_bits(void);
 u64 hv_sys_user_cr3_bits(void)
 {
 	return boot_cpu_has(X86_FEATURE_PTI) ? PAGE_SIZE | BIT_ULL(X86_CR3_PTI_PCID_USER_BIT) : 0;
+}
+
+/* A machine check while a child ran counts as one under a user program: the kernel's own state is sound. */
+void hv_sys_machine_check(void);
+void hv_sys_machine_check(void)
+{
+#ifdef CONFIG_X86_MCE
+	struct pt_regs registers = { .cs = __USER_CS, .flags = X86_EFLAGS_IF };
+
+	do_machine_check(&registers);
+#endif
 }
 
 u32 hv_sys_physical_bits(void);

@@ -65,6 +65,7 @@ mod ffi {
         pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
         pub(super) fn hv_sys_preempt_disable();
         pub(super) fn hv_sys_preempt_enable();
+        pub(super) fn hv_sys_machine_check();
         pub(super) fn hv_sys_must_reschedule() -> bool;
         pub(super) fn hv_sys_guest_mode_work() -> c_int;
         pub(super) fn hv_sys_guest_mode_end();
@@ -572,6 +573,12 @@ pub(crate) fn guest_mode_work() -> Result {
 pub(crate) fn guest_mode_end() {
     // SAFETY: process context.
     unsafe { ffi::hv_sys_guest_mode_end() }
+}
+
+/// Has the kernel handle a machine check that ended the run of a child on this CPU.
+pub(crate) fn machine_check(_: &IrqsOff) {
+    // SAFETY: interrupts are off, and this is the CPU whose banks are to be looked at.
+    unsafe { ffi::hv_sys_machine_check() }
 }
 
 /// Whether another thread shall run on this CPU. Any context.

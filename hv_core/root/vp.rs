@@ -241,7 +241,9 @@ impl Vp {
                     self.copy_message(message);
                     return Ok(());
                 }
-                DispatchEvent::Interrupt | DispatchEvent::Deadline => {}
+                DispatchEvent::Interrupt
+                | DispatchEvent::Deadline
+                | DispatchEvent::MachineCheck => {}
             }
             stopped = Some(sys::time());
         }
@@ -297,6 +299,9 @@ impl Vp {
                 answer = partition.fast(code::DISPATCH_VP, at(write.length));
             }
             self.running_cpu.store(NOWHERE, Ordering::SeqCst);
+            if answer.value == DispatchEvent::MachineCheck as u64 {
+                sys::machine_check(&irqs);
+            }
             drop(irqs);
             break answer;
         };

@@ -17,7 +17,7 @@ provoked() {
 provoked_by_user() {
 	local i=0
 	mark
-	modprobe hv_core provoke=3 && cpus_are launched || return 1
+	modprobe hv_core provoke=4 && cpus_are launched || return 1
 	$probe fault 1 0 || { echo "the program got signal or status $?"; return 1; }
 	while ! log_since | grep -q 'all CPUs are native again'; do
 		i=$((i + 1))

@@ -241,8 +241,8 @@ pub struct CpuArea {
     pub x2apic: u32,
     /// 0x2c: see [`cpu_state`]; cleared by the image when it leaves.
     pub state: u32,
-    /// 0x30: reserved.
-    pub reserved: u64,
+    /// 0x30: 1 if the root has to take a machine check when the CPU returns to it (VT-x).
+    pub machine_check: u64,
     /// 0x38: GDTR operand for `svm_start`.
     pub gdtr: TableRegister,
     /// 0x48: IDTR operand for `svm_start`.
@@ -266,7 +266,7 @@ const _: () = {
     assert!(offset_of!(CpuArea, current) == 8);
     assert!(offset_of!(CpuArea, stack) == 0x10);
     assert!(offset_of!(CpuArea, x2apic) == 0x28);
-    assert!(offset_of!(CpuArea, reserved) == 0x30);
+    assert!(offset_of!(CpuArea, machine_check) == 0x30);
     assert!(offset_of!(CpuArea, gdtr) == 0x38);
     assert!(offset_of!(CpuArea, idtr) == 0x48);
     assert!(offset_of!(CpuArea, root) == 0x58);

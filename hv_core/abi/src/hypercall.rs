@@ -112,6 +112,8 @@ pub enum DispatchEvent {
     /// The VP wrote to a port, and nothing else is of note: see [`PortWrite`]. The root either completes it and dispatches
     /// again, or has the message made by [`private::SHOW_REGISTERS`].
     PortWrite = 6,
+    /// A machine check ended the run: the root's handler has to see it before anything else runs on this CPU.
+    MachineCheck = 7,
 }
 
 impl DispatchEvent {
@@ -125,6 +127,7 @@ impl DispatchEvent {
             4 => Self::Signal,
             5 => Self::Deadline,
             6 => Self::PortWrite,
+            7 => Self::MachineCheck,
             _ => return None,
         })
     }
@@ -214,6 +217,8 @@ pub mod fault {
     pub const PAGE_FAULT: u64 = 1;
     /// A Rust panic.
     pub const PANIC: u64 = 2;
+    /// A machine check that no hardware reported. It belongs to the root; VT-x only.
+    pub const MACHINE_CHECK: u64 = 3;
     /// CPUID leaf that provokes the fault of its subleaf where the call is allowed, so that a user program can.
     pub const LEAF: u32 = 0x4000_00ff;
 }

@@ -31,8 +31,10 @@ pub mod exception {
     pub const GENERAL_PROTECTION: u8 = 13;
     /// #AC.
     pub const ALIGNMENT_CHECK: u8 = 17;
+    /// #MC.
+    pub const MACHINE_CHECK: u8 = 18;
     /// Those that exit: bits of the vectors.
-    pub const INTERCEPTED: u32 = 1 << DEBUG | 1 << ALIGNMENT_CHECK;
+    pub const INTERCEPTED: u32 = 1 << DEBUG | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
 }
 
 /// One VP on one CPU.
@@ -238,6 +240,7 @@ impl<H: ChildHardware> Run<'_, H> {
                 // If its delivery raises it again, it comes before anything from outside: the root would never get a turn.
                 return Next::Root(DispatchEvent::Interrupt);
             }
+            ChildExit::MachineCheck => return Next::Root(DispatchEvent::MachineCheck),
             ChildExit::TripleFault => {
                 self.core.shut_down = true;
             }

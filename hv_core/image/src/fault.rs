@@ -5,6 +5,9 @@
 //! instruction, which Linux executes as if we had never been there. What cannot be survived: a fault
 //! while this very path runs, and a fault whose stack is gone on AMD-V (no interrupt stack there). The root
 //! sees the count of faults in the statistics page and takes the other CPUs back, too.
+//!
+//! A machine check that is not about what the image itself does goes on to the root instead, on VT-x; on AMD-V it waits for
+//! the next VMRUN, because GIF is clear here (APM 15.17).
 
 use core::arch::global_asm;
 use core::panic::PanicInfo;
@@ -13,12 +16,13 @@ use hv_abi::boot::{cpu_state, CpuArea, Vendor};
 use hv_abi::layout::CPU_STRIDE;
 
 use crate::arch::{svm, vmx};
+use crate::child::exception;
 use crate::header::boot;
 use crate::log;
 
 // One stub of 16 bytes per vector: error code (0 where the processor pushes none), vector, common part.
 // Vector 2 is the NMI path of VT-x. The common part stores the general registers below and calls
-// image_fault(rdi = Frame), which does not return.
+// image_fault(rdi = Frame), which returns only if the image may go on as if nothing had been.
 global_asm!(
     ".pushsection .text.entry, \"ax\"",
     ".globl exception_stubs",
@@ -43,9 +47,14 @@ global_asm!(
     "push rax; push rcx; push rdx; push rbx; push rbp; push rsi; push rdi",
     "push r8; push r9; push r10; push r11; push r12; push r13; push r14; push r15",
     "mov rdi, rsp",
+    "mov rbx, rsp",
     "and rsp, -16",
     "call image_fault",
-    "ud2",
+    "mov rsp, rbx",
+    "pop r15; pop r14; pop r13; pop r12; pop r11; pop r10; pop r9; pop r8",
+    "pop rdi; pop rsi; pop rbp; pop rbx; pop rdx; pop rcx; pop rax",
+    "add rsp, 16",
+    "iretq",
     ".popsection",
 );
 
@@ -70,11 +79,15 @@ fn area_of(address: u64) -> &'static mut CpuArea {
 }
 
 #[no_mangle]
-extern "C" fn image_fault(frame: &Frame) -> ! {
+extern "C" fn image_fault(frame: &Frame) {
+    let area = area_of(&raw const *frame as u64);
+    let is_machine_check = frame.vector == u64::from(exception::MACHINE_CHECK);
+    if is_machine_check && boot().vendor == Vendor::Vmx && vmx::pass_machine_check(area) {
+        return;
+    }
     let cr2: u64;
     // SAFETY: reads a register.
     unsafe { core::arch::asm!("mov {0}, cr2", out(reg) cr2, options(nomem, nostack)) };
-    let area = area_of(&raw const *frame as u64);
     let cpu = area.cpu;
     log!(
         "cpu {cpu}: the image faulted: vector {} error {:#x} CR2 {cr2:#x}",

@@ -99,6 +99,8 @@ pub mod msr {
     pub const SYSENTER_ESP: u32 = 0x175;
     /// IA32_SYSENTER_EIP.
     pub const SYSENTER_EIP: u32 = 0x176;
+    /// IA32_MCG_STATUS.
+    pub const MCG_STATUS: u32 = 0x17a;
     /// IA32_DEBUGCTL.
     pub const DEBUGCTL: u32 = 0x1d9;
     /// First variable MTRR: base; the mask follows, then the next pair.

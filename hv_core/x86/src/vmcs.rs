@@ -256,6 +256,7 @@ pub mod reason {
     pub const RDMSR: u32 = 31;
     pub const WRMSR: u32 = 32;
     pub const ENTRY_FAILURE_STATE: u32 = 33;
+    pub const ENTRY_FAILURE_MACHINE_CHECK: u32 = 41;
     pub const EPT_VIOLATION: u32 = 48;
     pub const EPT_MISCONFIGURATION: u32 = 49;
     pub const INVEPT: u32 = 50;

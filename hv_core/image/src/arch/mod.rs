@@ -260,6 +260,8 @@ pub enum ChildExit {
         /// Its error code.
         error: u32,
     },
+    /// A machine check, which is the root's.
+    MachineCheck,
     /// Triple fault.
     TripleFault,
     /// The processor refused the registers, with the vendor's code.

@@ -32,6 +32,7 @@ const WITH_ERROR: u64 = 1 << 11;
 /// Exit codes of the exceptions that exit.
 const DEBUG: u64 = exit::EXCEPTION + exception::DEBUG as u64;
 const ALIGNMENT_CHECK: u64 = exit::EXCEPTION + exception::ALIGNMENT_CHECK as u64;
+const MACHINE_CHECK: u64 = exit::EXCEPTION + exception::MACHINE_CHECK as u64;
 
 /// The VMCB of a child.
 pub struct SvmChild<'a> {
@@ -320,6 +321,7 @@ impl ChildHardware for SvmChild<'_> {
                     | u32::from(exception::ALIGNMENT_CHECK),
                 error: v.exit_info_1 as u32,
             },
+            MACHINE_CHECK => ChildExit::MachineCheck,
             exit::SHUTDOWN => ChildExit::TripleFault,
             exit::INVLPGA | exit::VMRUN | 0x82..=exit::SKINIT | 0x8a..=0x8c => ChildExit::Undefined,
             exit::INVALID => ChildExit::InvalidState(v.exit_code),

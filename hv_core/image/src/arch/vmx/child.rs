@@ -80,6 +80,14 @@ pub fn load_vmcs(spa: u64) {
     unsafe { asm!("vmptrld [{}]", in(reg) &raw const spa, options(nostack)) };
 }
 
+/// SPA of the current VMCS.
+pub fn current_vmcs() -> u64 {
+    let mut spa = 0u64;
+    // SAFETY: stores an address to `spa`.
+    unsafe { asm!("vmptrst [{}]", in(reg) &raw mut spa, options(nostack)) };
+    spa
+}
+
 /// Writes a VMCS back to memory and makes it inactive.
 pub fn clear_vmcs(spa: u64) {
     // SAFETY: as for `load_vmcs`.
@@ -349,6 +357,9 @@ fn exception_or_nmi() -> ChildExit {
     if info >> 8 & 7 == TYPE_NMI {
         return ChildExit::Nmi;
     }
+    if info & 0xff == exception::MACHINE_CHECK.into() {
+        return ChildExit::MachineCheck;
+    }
     if info & 0xff == exception::DEBUG.into() {
         // B0-B3, BD and BS as in DR6; RTM the other way round.
         let causes = read(field::EXIT_QUALIFICATION);
@@ -524,7 +535,11 @@ impl ChildHardware for VmxChild {
     fn exit(&mut self, _: &VpCore) -> ChildExit {
         let full = read(field::EXIT_REASON) as u32;
         if full & ENTRY_FAILED != 0 {
-            return ChildExit::InvalidState(full.into());
+            return if full & 0xffff == reason::ENTRY_FAILURE_MACHINE_CHECK {
+                ChildExit::MachineCheck
+            } else {
+                ChildExit::InvalidState(full.into())
+            };
         }
         match full & 0xffff {
             reason::EXTERNAL_INTERRUPT | reason::PREEMPTION_TIMER => ChildExit::ExternalInterrupt,

@@ -14,6 +14,7 @@ use hv_x86::vmcs::{entry_control, field, reason, ENTRY_FAILED};
 
 use super::dispatch::{self, WorldSwitch};
 use super::{cpu, gpr, ChildHardware, Exception, Exit, Processor};
+use crate::child::exception;
 use crate::header::boot;
 use crate::hypercall::Call;
 use crate::vp::VpCore;
@@ -25,6 +26,11 @@ global_asm!(include_str!("entry.S"), apic_page = const APIC_PAGE,
 /// Event to inject at the next entry: valid, hardware exception, with error code (SDM 26.8.3).
 const INJECT_UD: u64 = 1 << 31 | 3 << 8 | 6;
 const INJECT_GP: u64 = 1 << 31 | 3 << 8 | 1 << 11 | 13;
+const INJECT_MC: u64 = 1 << 31 | 3 << 8 | exception::MACHINE_CHECK as u64;
+/// IA32_MCG_STATUS: the interrupted code can go on; the check is about the instruction there; a check is in progress (SDM 17.3.1.2).
+const MCG_RIPV: u64 = 1;
+const MCG_EIPV: u64 = 2;
+const MCG_MCIP: u64 = 4;
 /// Interruptibility: blocking by STI or by MOV SS (SDM table 26-3).
 const BLOCKING_STI_MOVSS: u64 = 3;
 /// Pending debug exceptions: single step (SDM table 26-4).
@@ -92,6 +98,9 @@ impl WorldSwitch for Switch {
     fn close(area: &mut CpuArea, core: &VpCore) {
         child::clear_vmcs(core.control);
         child::load_vmcs(area.root.control_spa);
+        if core::mem::take(&mut area.machine_check) != 0 {
+            write(field::ENTRY_INTERRUPTION, INJECT_MC);
+        }
     }
 
     fn to_child(_: &mut CpuArea, core: &mut VpCore) {
@@ -182,6 +191,24 @@ pub fn leave_after_fault(area: &mut CpuArea) -> ! {
         area.root.gprs[gpr::RAX] = HvStatus::HYPERVISOR_FAULT.0.into();
     }
     Vmx { area }.leave()
+}
+
+/// A machine check arrived while the image ran. True if it is not about the image, which then goes on: the root takes it at its
+/// next entry, which the preemption timer of a child that runs before it does not let wait for long. False for a fault of the
+/// image's own; its banks stay for the root to read, and another check does not shut the machine down.
+pub fn pass_machine_check(area: &mut CpuArea) -> bool {
+    let status = cpu::rdmsr(msr::MCG_STATUS);
+    if status & MCG_MCIP != 0 && status & (MCG_RIPV | MCG_EIPV) != MCG_RIPV {
+        // SAFETY: a machine check is in progress, so the MSR exists; its handler is the one to clear it.
+        unsafe { cpu::wrmsr(msr::MCG_STATUS, 0) };
+        return false;
+    }
+    if child::current_vmcs() == area.root.control_spa {
+        write(field::ENTRY_INTERRUPTION, INJECT_MC);
+    } else {
+        area.machine_check = 1;
+    }
+    true
 }
 
 /// Privilege level of the root at the last exit.
@@ -332,6 +359,10 @@ impl Processor for Vmx<'_> {
             Exception::InvalidOpcode => INJECT_UD,
             Exception::GeneralProtection => INJECT_GP,
         };
+        // After a machine check the instruction comes again, and so does its exception.
+        if read(field::ENTRY_INTERRUPTION) == INJECT_MC {
+            return;
+        }
         write(field::ENTRY_INTERRUPTION, event);
         write(field::ENTRY_ERROR_CODE, 0);
     }
