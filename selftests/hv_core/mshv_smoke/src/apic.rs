@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The local APIC in both modes: what the guest does to it, and what the VMM hears of that.
 
+use std::os::fd::{AsRawFd, RawFd};
+
 use mshv_bindings::*;
 use mshv_ioctls::InterruptRequest;
-use mshv_smoke::machine::{kind, Machine};
+use mshv_smoke::machine::{errno, ioctl, kind, Machine};
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::Outcome;
 
@@ -89,7 +92,8 @@ pub fn page_takes_all_kinds_of_accesses() -> Outcome {
     Ok(())
 }
 
-pub fn end_of_a_level_interrupt_reaches_the_vmm() -> Outcome {
+/// A guest that sleeps with interrupts on, and whose handler of vector 0x40 ends the interrupt and writes to port 0x20.
+fn level_sleeper() -> Result<Machine, Box<dyn std::error::Error>> {
     #[rustfmt::skip]
     let code = [
         0xfb,                                           // sti
@@ -103,6 +107,25 @@ pub fn end_of_a_level_interrupt_reaches_the_vmm() -> Outcome {
     machine.handle(0x40, 0x1004)?;
     reach_page(&machine)?;
     machine.enable_apic()?;
+    Ok(machine)
+}
+
+/// The VMM hears that VP 0 ended vector 0x40.
+fn expect_eoi(machine: &Machine) -> Outcome {
+    let message = machine.next_message()?;
+    ensure!(
+        kind(&message) == hv_message_type_HVMSG_X64_APIC_EOI,
+        "message {:#x}",
+        kind(&message)
+    );
+    let end = message.to_apic_eoi_info()?;
+    let (vp, vector) = (end.vp_index, end.interrupt_vector);
+    ensure!((vp, vector) == (0, 0x40), "VP {vp} vector {vector:#x}");
+    Ok(())
+}
+
+pub fn end_of_a_level_interrupt_reaches_the_vmm() -> Outcome {
+    let machine = level_sleeper()?;
     for level_triggered in [false, true] {
         machine.vm.request_virtual_interrupt(&InterruptRequest {
             interrupt_type: hv_interrupt_type_HV_X64_INTERRUPT_TYPE_FIXED,
@@ -113,17 +136,88 @@ pub fn end_of_a_level_interrupt_reaches_the_vmm() -> Outcome {
             long_mode: false,
         })?;
         if level_triggered {
-            let message = machine.next_message()?;
-            ensure!(
-                kind(&message) == hv_message_type_HVMSG_X64_APIC_EOI,
-                "message {:#x}",
-                kind(&message)
-            );
-            let end = message.to_apic_eoi_info()?;
-            let (vp, vector) = (end.vp_index, end.interrupt_vector);
-            ensure!((vp, vector) == (0, 0x40), "VP {vp} vector {vector:#x}");
+            expect_eoi(&machine)?;
         }
         ensure!(machine.next_port_write()? == (0x20, 0x33), "port");
     }
+    Ok(())
+}
+
+/// The kernel tells an event of the end of a level-triggered interrupt, as long as the line has an irqfd that wants it.
+pub fn end_of_a_level_interrupt_reaches_the_event() -> Outcome {
+    const RESAMPLE: u32 = 1 << MSHV_IRQFD_BIT_RESAMPLE;
+    let machine = level_sleeper()?;
+    let vm = machine.vm.as_raw_fd();
+    let event = || EventFd::new(EFD_NONBLOCK);
+    let (line, shared, resample) = (event()?, event()?, event()?);
+    let attempt = |fd: RawFd, resamplefd: RawFd, gsi: u32, flags: u32| {
+        let request = mshv_user_irqfd {
+            fd,
+            resamplefd,
+            gsi,
+            flags,
+        };
+        errno(ioctl(vm, 0x4010_b803, &raw const request as u64))
+    };
+    let (line_fd, resample_fd) = (line.as_raw_fd(), resample.as_raw_fd());
+    // Lines 5 and 6 are level-triggered and share a vector, 7 is edge-triggered, 8 has no route.
+    #[rustfmt::skip]
+    let table = [
+        3u32, 0,
+        5, 0xfee0_0000, 0, 0x8040,
+        6, 0xfee0_0000, 0, 0x8040,
+        7, 0xfee0_0000, 0, 0x0040,
+    ];
+    ensure!(
+        ioctl(vm, 0x4008_b805, table.as_ptr() as u64).is_ok(),
+        "routes"
+    );
+    for (case, (got, expected)) in [
+        (attempt(-1, resample_fd, 5, RESAMPLE), libc::EBADF),
+        (attempt(vm, resample_fd, 5, RESAMPLE), libc::EINVAL),
+        (attempt(line_fd, -1, 5, RESAMPLE), libc::EBADF),
+        (attempt(line_fd, vm, 5, RESAMPLE), libc::EINVAL),
+        (attempt(line_fd, resample_fd, 7, RESAMPLE), libc::EINVAL),
+        (attempt(line_fd, resample_fd, 8, RESAMPLE), libc::EINVAL),
+        (attempt(line_fd, resample_fd, 5, 4), libc::EINVAL),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        ensure!(got == expected, "case {case}: errno {got}, not {expected}");
+    }
+    // What was refused left nothing: the event is free.
+    machine
+        .vm
+        .register_irqfd_with_resample(&line, &resample, 5)?;
+    let expect_end = |times: Option<u64>| -> Outcome {
+        ensure!(machine.next_port_write()? == (0x20, 0x33), "port");
+        let told = resample.read().ok();
+        ensure!(told == times, "told {told:?} times, not {times:?}");
+        Ok(())
+    };
+    // The device still wants attention after the first time.
+    for _ in 0..2 {
+        line.write(1)?;
+        expect_end(Some(1))?;
+    }
+    super::interrupted_run(&machine)?;
+    ensure!(resample.read().is_err(), "told without an interrupt");
+    // Each of two lines is told.
+    machine
+        .vm
+        .register_irqfd_with_resample(&shared, &resample, 6)?;
+    shared.write(1)?;
+    expect_end(Some(2))?;
+    // A line that goes away between the interrupt and its end is not told; without any line the VMM is.
+    shared.write(1)?;
+    machine.vm.unregister_irqfd(&shared, 6)?;
+    expect_end(Some(1))?;
+    line.write(1)?;
+    machine.vm.unregister_irqfd(&line, 5)?;
+    expect_eoi(&machine)?;
+    expect_end(None)?;
+    line.write(1)?;
+    super::interrupted_run(&machine)?;
     Ok(())
 }

@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 23] = [
+const CHECKS: [Check; 24] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -86,6 +86,10 @@ const CHECKS: [Check; 23] = [
     (
         "end_of_a_level_interrupt_reaches_the_vmm",
         apic::end_of_a_level_interrupt_reaches_the_vmm,
+    ),
+    (
+        "end_of_a_level_interrupt_reaches_the_event",
+        apic::end_of_a_level_interrupt_reaches_the_event,
     ),
     (
         "large_region_costs_nothing_until_touched",
