@@ -42,6 +42,22 @@ impl Route {
         (self.data() & 0xff) as u32
     }
 
+    const fn destination(self) -> u64 {
+        self.0 >> 12 & 0xff
+    }
+
+    const fn is_logical(self) -> bool {
+        self.0 & (1 << 2) != 0
+    }
+
+    /// Whether an end of a level-triggered interrupt that a VP gave may be meant for this route. A VP's APIC ID is its number; what
+    /// a logical destination names, only the guest knows.
+    fn may_end_on(self, vp: u32, vector: u32) -> bool {
+        self.is_level()
+            && self.vector() == vector
+            && (self.is_logical() || [0xff, vp.into()].contains(&self.destination()))
+    }
+
     /// The hypercall's input; `None` if there is nothing to deliver.
     fn to_call(self, partition: u64) -> Option<AssertVirtualInterrupt> {
         let kind = (self.data() >> 8) & 7;
@@ -49,11 +65,10 @@ impl Route {
         if self == Self::NONE || (kind <= 1 && self.vector() == 0) {
             return None;
         }
-        let logical = (self.0 >> 2) & 1;
         Some(AssertVirtualInterrupt {
             partition_id: partition,
-            control: kind | u64::from(self.is_level()) << 32 | logical << 33,
-            dest_addr: (self.0 >> 12) & 0xff,
+            control: kind | u64::from(self.is_level()) << 32 | u64::from(self.is_logical()) << 33,
+            dest_addr: self.destination(),
             vector: self.vector(),
             ..Default::default()
         })
@@ -233,14 +248,14 @@ impl Partition {
             .retain(|irqfd| irqfd.gsi != gsi || !irqfd.hook.is_on(event));
     }
 
-    /// A guest ended a level-triggered interrupt: events that want to know are told. True if there was one.
-    pub(super) fn resample(&self, vector: u32) -> bool {
+    /// A VP ended a level-triggered interrupt: events that want to know are told. True if there was one.
+    pub(super) fn resample(&self, vp: u32, vector: u32) -> bool {
         let interrupts = self.interrupts.lock();
         let mut told = false;
         for irqfd in interrupts.irqfds.iter() {
             let route = Route(irqfd.source.route.load(Ordering::Acquire));
             if let Some(event) = irqfd.resample.as_ref() {
-                if route.is_level() && route.vector() == vector {
+                if route.may_end_on(vp, vector) {
                     event.signal();
                     told = true;
                 }

@@ -417,7 +417,11 @@ impl Vp {
                     Fault::NotMemory | Fault::Denied => None,
                 }
             }
-            message::APIC_EOI if partition.resample(word(copy, PAYLOAD + 4)) => Some(0),
+            message::APIC_EOI
+                if partition.resample(word(copy, PAYLOAD), word(copy, PAYLOAD + 4)) =>
+            {
+                Some(0)
+            }
             _ => None,
         })
     }

@@ -160,13 +160,14 @@ pub fn end_of_a_level_interrupt_reaches_the_event() -> Outcome {
         errno(ioctl(vm, 0x4010_b803, &raw const request as u64))
     };
     let (line_fd, resample_fd) = (line.as_raw_fd(), resample.as_raw_fd());
-    // Lines 5 and 6 are level-triggered and share a vector, 7 is edge-triggered, 8 has no route.
+    // Lines 5, 6 and 9 are level-triggered and share a vector, 9 goes to VP 1; 7 is edge-triggered, 8 has no route.
     #[rustfmt::skip]
     let table = [
-        3u32, 0,
+        4u32, 0,
         5, 0xfee0_0000, 0, 0x8040,
         6, 0xfee0_0000, 0, 0x8040,
         7, 0xfee0_0000, 0, 0x0040,
+        9, 0xfee0_1000, 0, 0x8040,
     ];
     ensure!(
         ioctl(vm, 0x4008_b805, table.as_ptr() as u64).is_ok(),
@@ -209,7 +210,11 @@ pub fn end_of_a_level_interrupt_reaches_the_event() -> Outcome {
         .register_irqfd_with_resample(&shared, &resample, 6)?;
     shared.write(1)?;
     expect_end(Some(2))?;
-    // A line that goes away between the interrupt and its end is not told; without any line the VMM is.
+    // A line that goes away between the interrupt and its end is not told; without any line of this VP the VMM is.
+    let other = event()?;
+    machine
+        .vm
+        .register_irqfd_with_resample(&other, &resample, 9)?;
     shared.write(1)?;
     machine.vm.unregister_irqfd(&shared, 6)?;
     expect_end(Some(1))?;
