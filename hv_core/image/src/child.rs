@@ -544,11 +544,9 @@ impl<H: ChildHardware> Run<'_, H> {
     pub fn tell_deadline(&mut self) {
         let deadline = self.deadline();
         self.core.told_deadline = deadline;
-        let page = self.core.pages.get(RUN_PAGE).copied().unwrap_or(0);
-        if page != 0 {
-            let shared = shared::<VpRunPage>(page);
-            shared.deadline.store(deadline, Ordering::Release);
-            shared.exits.store(self.core.exits, Ordering::Relaxed);
+        if let Some(page) = run_page(self.core) {
+            page.deadline.store(deadline, Ordering::Release);
+            page.exits.store(self.core.exits, Ordering::Relaxed);
         }
     }
 
@@ -665,6 +663,11 @@ fn port_message(
     messages::io_port(vp_index, &core.state, cr8, access, bytes, count)
 }
 
+fn run_page(core: &VpCore) -> Option<&'static VpRunPage> {
+    let page = core.pages.get(RUN_PAGE).copied().unwrap_or(0);
+    (page != 0).then(|| shared(page))
+}
+
 /// Leaves the message about a write to a port that the root does not complete. The registers are in `core.state`.
 pub fn show_port_write(vp_index: u32, core: &mut VpCore) {
     let [_, page, _] = core.pages;
@@ -677,8 +680,11 @@ pub fn show_port_write(vp_index: u32, core: &mut VpCore) {
     }
 }
 
-/// Shows the registers, which are in `core.state`, to the VMM.
+/// Shows the registers, which are in `core.state`, to the VMM, and to the root the exits, of which a quick one did not tell.
 pub fn show_registers(core: &VpCore) {
+    if let Some(page) = run_page(core) {
+        page.exits.store(core.exits, Ordering::Relaxed);
+    }
     let [page, ..] = core.pages;
     if page != 0 {
         let filled = register_page::fill(&core.state, core.apic.cr8(), page_bytes(core.xsave));

@@ -196,6 +196,14 @@ pub fn prepare(vcpu: &VcpuFd) -> Result<()> {
     )
 }
 
+/// Lets a VP run that waits for INIT and SIPI.
+pub fn wake(vcpu: &VcpuFd) -> Result<()> {
+    set(
+        vcpu,
+        &[(hv_register_name_HV_REGISTER_INTERNAL_ACTIVITY_STATE, 0)],
+    )
+}
+
 /// Sets registers of a VP.
 pub fn set(vcpu: &VcpuFd, registers: &[(u32, u64)]) -> Result<()> {
     let registers: Vec<_> = registers

@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 24] = [
+const CHECKS: [Check; 25] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -96,6 +96,10 @@ const CHECKS: [Check; 24] = [
         large_region_costs_nothing_until_touched,
     ),
     ("killed_owner_leaves_nothing", killed_owner_leaves_nothing),
+    (
+        "exits_are_counted_for_each_vp",
+        exits_are_counted_for_each_vp,
+    ),
 ];
 
 /// What `killed_owner_leaves_nothing` starts itself as.
@@ -385,11 +389,7 @@ fn memory_changes_beneath_running_vps() -> Outcome {
     let machine = Machine::new(&code)?;
     let second = machine.vm.create_vcpu(1)?;
     machine::prepare(&second)?;
-    // Without INIT and SIPI.
-    second.set_reg(&[hv_register_assoc {
-        name: hv_register_name_HV_REGISTER_INTERNAL_ACTIVITY_STATE,
-        ..Default::default()
-    }])?;
+    machine::wake(&second)?;
     let memory = Memory::new(PAGES as usize * 4096)?;
     let rest = mapped_pages()?;
     let region = |first: u64, pages: u64, flags: u8| mshv_user_mem_region {
@@ -866,6 +866,47 @@ fn partitions() -> io::Result<usize> {
     let status = std::fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
     let list = status.split("\"partitions\":[").nth(1).unwrap_or("");
     Ok(list.matches("\"deposited_pages\"").count())
+}
+
+/// Exits of each VP of the only partition.
+fn exits() -> Result<Vec<u64>, Box<dyn std::error::Error>> {
+    let status = std::fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
+    let list = status.split("\"partitions\":[").nth(1).unwrap_or("");
+    let counts = list.split("\"exits\":").skip(1);
+    let digits = |rest: &str| rest.split('}').next().unwrap_or("").parse();
+    Ok(counts.map(digits).collect::<Result<_, _>>()?)
+}
+
+fn exits_are_counted_for_each_vp() -> Outcome {
+    #[rustfmt::skip]
+    let code = [
+        0xbe, 100, 0,     // mov $100, %si
+        0x31, 0xc0,       // 1: xor %ax, %ax
+        0x0f, 0xa2,       // cpuid
+        0x4e,             // dec %si
+        0x75, 0xf9,       // jnz 1b
+        0xe6, 0x10,       // out %al, $0x10
+    ];
+    let machine = Machine::new(&code)?;
+    let second = machine.vm.create_vcpu(1)?;
+    machine::prepare(&second)?;
+    machine::wake(&second)?;
+    let start = exits()?;
+    ensure!(start.len() == 2, "{} VPs", start.len());
+    machine.next_port_write()?;
+    let first_ran = exits()?;
+    machine::next_port_write_of(&second)?;
+    let both_ran = exits()?;
+    // Interrupts of the root are exits, too.
+    ensure!(
+        first_ran[0] > start[0] + 100 && first_ran[1] == start[1],
+        "{start:?}, then {first_ran:?}"
+    );
+    ensure!(
+        both_ran[0] == first_ran[0] && both_ran[1] > first_ran[1] + 100,
+        "{first_ran:?}, then {both_ran:?}"
+    );
+    Ok(())
 }
 
 fn killed_owner_leaves_nothing() -> Outcome {
