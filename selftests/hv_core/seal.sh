@@ -15,11 +15,35 @@ all_pages_read_as_zeros() {
 }
 refused() { ! command write "$(printf %x $address)" 2>/tmp/error && grep 'Bad address' /tmp/error; }
 
+# The image that was built, on a bed or on this machine.
+image=$(find /image "${MODULES:-/image}" -name image.bin 2>/dev/null | head -n 1)
+hash_is_the_images() {
+	set -- $(sha256sum "$image")
+	echo "$1, status $(status hash)"
+	[ "$1" = "$(status hash)" ]
+}
+# All of it, page-aligned.
+image_lies_in_memory() {
+	echo "$address $size"
+	[ $((address % 4096)) = 0 ] && [ "$size" -ge "$(stat -c %s "${image:-/dev/null}")" ] &&
+		sed -n 's/^\([0-9a-f]*\)-\([0-9a-f]*\) : System RAM$/\1 \2/p' /proc/iomem | {
+			while read -r start end; do
+				[ $((0x$start)) -gt $address ] || [ $((0x$end)) -lt $((address + size - 1)) ] || exit 0
+			done
+			exit 1
+		}
+}
+
 ktap_print_header
-ktap_set_plan 13
+ktap_set_plan 14
 modprobe hv_core || ktap_skip_all "no launch"
 address=$(($(status base))) size=$(status size)
-ktap_test_result "status_gives_the_address" [ "$address" -gt 0 ]
+ktap_test_result "status_gives_the_address" image_lies_in_memory
+if [ -n "$image" ]; then
+	ktap_test_result "status_gives_the_hash" hash_is_the_images
+else
+	ktap_test_skip "status_gives_the_hash" "the image that was built is not here"
+fi
 mark
 ktap_test_result "all_pages_read_as_zeros" all_pages_read_as_zeros
 ktap_test_result "reads_are_no_exits" [ "$(sum sealed_accesses)" = 0 ]
