@@ -7,8 +7,10 @@
  *             read ADDRESS, write ADDRESS   8 bytes at a physical address, through the direct map
  *             xsetbv INDEX VALUE
  *             nmi CPU COUNT                 sends NMIs one after another and waits for each
+ *             hypercall CODE STATUS WORD WORD   a simple one about a partition, with two words of input and zeros
  *           A fault that was caught is EFAULT, a read of anything but zeros EIO, an NMI that does not come
- *           ETIMEDOUT after a minute: on a busy emulator one may take seconds.
+ *           ETIMEDOUT after a minute: on a busy emulator one may take seconds. A hypercall that ends with another
+ *           status is EPROTO.
  *   mmap    physical memory, from the physical address given as the offset
  */
 #include <linux/cpu.h>
@@ -228,11 +230,31 @@ static int send_nmis(int cpu, int count)
 	return error;
 }
 
+/* TLFS 3.7. Only while hv_core is there: else the instruction is undefined. */
+static int hypercall(u16 code, u16 status, u64 first, u64 second)
+{
+	u64 *input = (u64 *)get_zeroed_page(GFP_KERNEL);
+	register u64 output asm("r8") = 0;
+	u64 result, value;
+
+	if (!input)
+		return -ENOMEM;
+	input[0] = first;
+	input[1] = second;
+	value = virt_to_phys(input);
+	if (boot_cpu_data.x86_vendor == X86_VENDOR_INTEL)
+		asm volatile("vmcall" : "=a" (result), "+d" (value) : "c" ((u64)code), "r" (output) : "memory");
+	else
+		asm volatile("vmmcall" : "=a" (result), "+d" (value) : "c" ((u64)code), "r" (output) : "memory");
+	free_page((unsigned long)input);
+	return (u16)result == status ? 0 : -EPROTO;
+}
+
 static ssize_t state_write(struct file *file, const char __user *from, size_t size, loff_t *offset)
 {
 	char command[64];
-	u64 address;
-	u32 index;
+	u64 address, second;
+	u32 index, status;
 	int cpu, count, error;
 
 	if (size >= sizeof(command))
@@ -248,6 +270,8 @@ static ssize_t state_write(struct file *file, const char __user *from, size_t si
 		error = set_extended_control(index, address);
 	else if (sscanf(command, "nmi %d %d", &cpu, &count) == 2)
 		error = send_nmis(cpu, count);
+	else if (sscanf(command, "hypercall %x %x %llx %llx", &index, &status, &address, &second) == 4)
+		error = hypercall(index, status, address, second);
 	else
 		error = -EINVAL;
 	return error ?: size;

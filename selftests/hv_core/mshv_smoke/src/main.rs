@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 25] = [
+const CHECKS: [Check; 27] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -100,6 +100,8 @@ const CHECKS: [Check; 25] = [
         "exits_are_counted_for_each_vp",
         exits_are_counted_for_each_vp,
     ),
+    ("vp_outlives_its_file", vps::vp_outlives_its_file),
+    ("deleted_vp_is_gone", vps::deleted_vp_is_gone),
 ];
 
 /// What `killed_owner_leaves_nothing` starts itself as.
@@ -142,6 +144,7 @@ macro_rules! ensure {
 
 mod apic;
 mod exceptions;
+mod vps;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {
     #[rustfmt::skip]
