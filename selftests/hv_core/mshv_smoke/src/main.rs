@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 27] = [
+const CHECKS: [Check; 28] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -38,6 +38,10 @@ const CHECKS: [Check; 27] = [
     (
         "unmapped_memory_exits_with_its_address",
         unmapped_memory_exits_with_its_address,
+    ),
+    (
+        "hole_in_a_region_is_the_vmms_to_fill",
+        memory::hole_in_a_region_is_the_vmms_to_fill,
     ),
     (
         "read_only_memory_exits_at_a_write",
@@ -144,6 +148,7 @@ macro_rules! ensure {
 
 mod apic;
 mod exceptions;
+mod memory;
 mod vps;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {
@@ -935,18 +940,7 @@ fn killed_owners() -> Outcome {
     for _ in 0..kills {
         killed_owner_leaves_nothing()?;
     }
-    // Else each CPU has some of the numbers.
-    std::fs::write("/proc/sys/vm/stat_refresh", "1")?;
-    let text = std::fs::read_to_string("/proc/vmstat")?;
-    let count = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|number| number.trim().parse::<u64>().ok())
-            .ok_or("no such counter")
-    };
-    let (pinned, released) = (
-        count("nr_foll_pin_acquired ")?,
-        count("nr_foll_pin_released ")?,
-    );
+    let (pinned, released) = memory::pins()?;
     ensure!(
         pinned == released && pinned as usize >= kills,
         "{pinned} pages pinned, {released} let go"
