@@ -199,7 +199,7 @@ impl<H: ChildHardware> Run<'_, H> {
                 return Next::Root(DispatchEvent::Interrupt);
             }
             ChildExit::Window => {}
-            ChildExit::NmiWindow => self.hardware.end_nmi(self.core),
+            ChildExit::Iret => self.hardware.end_nmi(self.core),
             ChildExit::Cpuid => emulate::cpuid(self),
             ChildExit::Hypercall => emulate::hypercall(self),
             ChildExit::MsrRead => emulate::read_msr(self),
@@ -497,7 +497,7 @@ impl<H: ChildHardware> Run<'_, H> {
         } else if pending.nmi && self.hardware.nmis_open(self.core) {
             self.core.apic.take_nmi();
             self.core.state.nmi_masked = true;
-            self.hardware.inject_nmi();
+            self.hardware.inject_nmi(self.core);
         } else if pending.ext_int.is_some() || pending.vector.is_some() {
             let offer = match (pending.ext_int, pending.vector) {
                 (None, vector) => vector,
@@ -521,7 +521,7 @@ impl<H: ChildHardware> Run<'_, H> {
                 }
             }
         } else if pending.nmi {
-            self.hardware.request_nmi_window();
+            self.hardware.request_nmi_window(self.core);
         }
         let generation = self.partition().generation.load(Ordering::Acquire);
         let flush =

@@ -474,6 +474,8 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         overrides: 0,
         quiet: false,
         offered: None,
+        iret: None,
+        steps: false,
         port_write: None,
         logged: false,
         cpuid: crate::cpuid_cache::CpuidCache::new(),

@@ -48,6 +48,10 @@ pub struct VpCore {
     pub requeue: (u32, u32),
     /// AMD-V: vector of the interrupt that the last entry offered. It is in the IRR until the processor took it.
     pub offered: Option<u8>,
+    /// AMD-V: RIP of the IRET that ends the handler of an NMI. Until the guest is elsewhere, NMIs are blocked.
+    pub iret: Option<u64>,
+    /// AMD-V: the last entry set RFLAGS.TF to exit behind that IRET.
+    pub steps: bool,
     /// An interrupt or NMI window was requested at the last entry.
     pub window_requested: bool,
     /// VT-x: tag of its translations, unique on this machine.

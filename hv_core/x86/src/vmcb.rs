@@ -169,6 +169,8 @@ pub mod exit {
     pub const VINTR: u64 = 0x64;
     /// CPUID.
     pub const CPUID: u64 = 0x72;
+    /// IRET.
+    pub const IRET: u64 = 0x74;
     /// INVD.
     pub const INVD: u64 = 0x76;
     /// HLT.

@@ -207,8 +207,8 @@ pub enum ChildExit {
     Nmi,
     /// The guest can take an interrupt now.
     Window,
-    /// The guest can take an NMI (soon).
-    NmiWindow,
+    /// IRET, which ends the guest's NMI handler, comes next.
+    Iret,
     /// CPUID.
     Cpuid,
     /// HLT.
@@ -302,7 +302,7 @@ pub trait ChildHardware {
     /// First thing after an exit: what the exit interrupted, and the task priority.
     fn after_exit(&mut self, core: &mut VpCore);
     /// Why it exited.
-    fn exit(&mut self, core: &VpCore) -> ChildExit;
+    fn exit(&mut self, core: &mut VpCore) -> ChildExit;
     /// Length of the exiting instruction.
     fn instruction_length(&self) -> u64;
     /// Moves past it, with the registers in the structure.
@@ -322,7 +322,7 @@ pub trait ChildHardware {
     /// Delivers an event in VMX form (SDM 26.8.3) at the entry.
     fn inject(&mut self, info: u32, error: u32);
     /// Delivers an NMI at the entry.
-    fn inject_nmi(&mut self);
+    fn inject_nmi(&mut self, core: &mut VpCore);
     /// Delivers an external interrupt at the entry.
     fn inject_interrupt(&mut self, vector: u8);
     /// Has the processor take an interrupt of the local APIC by itself, if it can: then [`Self::after_exit`] acknowledges it once it
@@ -339,12 +339,12 @@ pub trait ChildHardware {
     fn interrupt_flag(&self) -> bool;
     /// Whether an NMI can be delivered at the entry.
     fn nmis_open(&self, core: &VpCore) -> bool;
-    /// The guest's NMI handler has ended.
+    /// The guest's NMI handler ends with the next instruction.
     fn end_nmi(&mut self, core: &mut VpCore);
     /// Exit as soon as an interrupt can be delivered.
     fn request_window(&mut self);
     /// Exit as soon as an NMI can be delivered.
-    fn request_nmi_window(&mut self);
+    fn request_nmi_window(&mut self, core: &mut VpCore);
     /// Last thing before an entry.
     fn before_entry(&mut self, core: &mut VpCore, flush: bool);
     /// An NMI ended the run: makes sure that the root takes it. Nothing to do where it stays pending.

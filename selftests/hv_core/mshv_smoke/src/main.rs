@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 28] = [
+const CHECKS: [Check; 29] = [
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -74,6 +74,10 @@ const CHECKS: [Check; 28] = [
     (
         "run_of_a_vp_that_recurses_in_debug_exceptions_ends_in_time",
         exceptions::run_of_a_vp_that_recurses_in_debug_exceptions_ends_in_time,
+    ),
+    (
+        "nmis_stay_blocked_until_iret_is_done",
+        nmi::nmis_stay_blocked_until_iret_is_done,
     ),
     ("interrupt_wakes_a_halted_vp", interrupt_wakes_a_halted_vp),
     ("event_asserts_an_interrupt", event_asserts_an_interrupt),
@@ -149,6 +153,7 @@ macro_rules! ensure {
 mod apic;
 mod exceptions;
 mod memory;
+mod nmi;
 mod vps;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {

@@ -29,6 +29,8 @@ const TYPE_NMI: u64 = 2;
 const TYPE_EXCEPTION: u64 = 3;
 const VALID: u64 = 1 << 31;
 const WITH_ERROR: u64 = 1 << 11;
+/// Single step, in DR6.
+const DR6_BS: u64 = 1 << 14;
 /// Exit codes of the exceptions that exit.
 const DEBUG: u64 = exit::EXCEPTION + exception::DEBUG as u64;
 const ALIGNMENT_CHECK: u64 = exit::EXCEPTION + exception::ALIGNMENT_CHECK as u64;
@@ -74,6 +76,14 @@ fn io_access(v: &Vmcb) -> IoAccess {
         rep: i & 8 != 0,
         segment: (i >> 10 & 7) as u8,
         length: v.exit_info_2.wrapping_sub(v.rip) as u8,
+    }
+}
+
+/// An IRET that the guest is past was executed, or it raised an exception: that ends the blocking of NMIs, too.
+fn leave_iret(rip: u64, core: &mut VpCore) {
+    if core.iret.is_some_and(|at| at != rip) {
+        core.iret = None;
+        core.state.nmi_masked = false;
     }
 }
 
@@ -205,6 +215,7 @@ impl ChildHardware for SvmChild<'_> {
             vmsave(core.control);
         }
         let v = &*self.vmcb;
+        leave_iret(v.rip, core);
         let s = &mut core.state;
         s.context.gprs[0] = v.rax;
         s.context.gprs[RSP] = v.rsp;
@@ -257,6 +268,7 @@ impl ChildHardware for SvmChild<'_> {
         let v = &mut *self.vmcb;
         core.state.context.gprs[0] = v.rax;
         v.tlb_control = 0;
+        leave_iret(v.rip, core);
         let waits = v.interrupt_control & V_IRQ != 0;
         if waits {
             v.interrupt_control &= !(V_IRQ | V_INTR_PRIORITY | V_IGNORE_TPR);
@@ -286,14 +298,24 @@ impl ChildHardware for SvmChild<'_> {
         }
     }
 
-    fn exit(&mut self, core: &VpCore) -> ChildExit {
-        let v = &*self.vmcb;
+    fn exit(&mut self, core: &mut VpCore) -> ChildExit {
+        let v = &mut *self.vmcb;
+        if core::mem::take(&mut core.steps) {
+            if core.iret.is_some() {
+                // Not executed yet. Otherwise it brought flags of its own.
+                v.rflags &= !rflags::TF;
+            } else if v.exit_code == DEBUG {
+                v.dr6 &= !DR6_BS;
+                if v.dr6 & 0xf == 0 {
+                    return ChildExit::Window;
+                }
+            }
+        }
         match v.exit_code {
             exit::INTR => ChildExit::ExternalInterrupt,
             exit::NMI | exit::SMI | exit::INIT => ChildExit::Nmi,
             exit::VINTR => ChildExit::Window,
-            // IRET: the guest's NMI handler ends.
-            0x74 => ChildExit::NmiWindow,
+            exit::IRET => ChildExit::Iret,
             exit::CPUID => ChildExit::Cpuid,
             exit::HLT => ChildExit::Halt,
             exit::VMMCALL => ChildExit::Hypercall,
@@ -310,7 +332,7 @@ impl ChildHardware for SvmChild<'_> {
             exit::INVD | 0x89 => ChildExit::Nop,
             DEBUG => {
                 // DR6 has the causes already (APM 15.12.2).
-                self.vmcb.interrupt_shadow = 0;
+                v.interrupt_shadow = 0;
                 ChildExit::Exception {
                     info: (VALID | TYPE_EXCEPTION << 8) as u32 | u32::from(exception::DEBUG),
                     error: 0,
@@ -325,10 +347,7 @@ impl ChildHardware for SvmChild<'_> {
             exit::SHUTDOWN => ChildExit::TripleFault,
             exit::INVLPGA | exit::VMRUN | 0x82..=exit::SKINIT | 0x8a..=0x8c => ChildExit::Undefined,
             exit::INVALID => ChildExit::InvalidState(v.exit_code),
-            _ => {
-                let _ = core;
-                ChildExit::Unknown(v.exit_code)
-            }
+            _ => ChildExit::Unknown(v.exit_code),
         }
     }
 
@@ -362,7 +381,7 @@ impl ChildHardware for SvmChild<'_> {
         } else {
             &mut core.state.dr6
         };
-        *dr6 |= 1 << 14;
+        *dr6 |= DR6_BS;
         core.requeue = Self::exception(exception::DEBUG, None);
     }
 
@@ -404,10 +423,9 @@ impl ChildHardware for SvmChild<'_> {
         self.vmcb.event_injection = u64::from(info & !(1 << 12)) | u64::from(error) << 32;
     }
 
-    fn inject_nmi(&mut self) {
+    fn inject_nmi(&mut self, core: &mut VpCore) {
         self.vmcb.event_injection = VALID | TYPE_NMI << 8 | 2;
-        // IRET ends the blocking.
-        self.vmcb.intercepts[3] |= intercept::W3_IRET;
+        core.iret = None;
     }
 
     fn inject_interrupt(&mut self, vector: u8) {
@@ -449,8 +467,7 @@ impl ChildHardware for SvmChild<'_> {
     }
 
     fn end_nmi(&mut self, core: &mut VpCore) {
-        core.state.nmi_masked = false;
-        self.vmcb.intercepts[3] &= !intercept::W3_IRET;
+        core.iret = Some(self.vmcb.rip);
     }
 
     fn request_window(&mut self) {
@@ -458,14 +475,27 @@ impl ChildHardware for SvmChild<'_> {
         self.vmcb.intercepts[3] |= intercept::W3_VINTR;
     }
 
-    fn request_nmi_window(&mut self) {
-        // The IRET intercept stands since the NMI was injected; a shadow ends with the interrupt window.
-        self.request_window();
+    fn request_nmi_window(&mut self, core: &mut VpCore) {
+        let v = &mut *self.vmcb;
+        if core.iret.is_some() {
+            // The step of a guest that makes some itself exits, too.
+            if v.rflags & rflags::TF == 0 {
+                v.rflags |= rflags::TF;
+                core.steps = true;
+            }
+        } else if !core.state.nmi_masked {
+            // A shadow ends with the interrupt window.
+            self.request_window();
+        }
     }
 
     fn before_entry(&mut self, core: &mut VpCore, flush: bool) {
         let v = &mut *self.vmcb;
         v.interrupt_control = v.interrupt_control & !V_TPR | u64::from(core.apic.tpr() >> 4);
+        v.intercepts[3] &= !intercept::W3_IRET;
+        if core.state.nmi_masked && core.iret.is_none() {
+            v.intercepts[3] |= intercept::W3_IRET;
+        }
         if flush {
             v.tlb_control = FLUSH_ALL;
         }

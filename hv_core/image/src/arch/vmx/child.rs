@@ -532,7 +532,7 @@ impl ChildHardware for VmxChild {
         }
     }
 
-    fn exit(&mut self, _: &VpCore) -> ChildExit {
+    fn exit(&mut self, _: &mut VpCore) -> ChildExit {
         let full = read(field::EXIT_REASON) as u32;
         if full & ENTRY_FAILED != 0 {
             return if full & 0xffff == reason::ENTRY_FAILURE_MACHINE_CHECK {
@@ -674,7 +674,7 @@ impl ChildHardware for VmxChild {
         write(field::ENTRY_ERROR_CODE, error.into());
     }
 
-    fn inject_nmi(&mut self) {
+    fn inject_nmi(&mut self, _: &mut VpCore) {
         write(
             field::ENTRY_INTERRUPTION,
             u64::from(VALID | TYPE_NMI << 8 | 2),
@@ -715,7 +715,7 @@ impl ChildHardware for VmxChild {
         set_processor_control(processor::INTERRUPT_WINDOW, true);
     }
 
-    fn request_nmi_window(&mut self) {
+    fn request_nmi_window(&mut self, _: &mut VpCore) {
         set_processor_control(processor::NMI_WINDOW, true);
     }
 
