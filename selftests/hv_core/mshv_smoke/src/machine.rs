@@ -2,7 +2,7 @@
 //! A small guest in real mode, and the ioctls the crates have no call for.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,23 @@ pub fn map_page(fd: RawFd, page: i64) -> io::Result<()> {
         libc::munmap(address, 4096);
     }
     Ok(())
+}
+
+/// A region of guest memory: `size` bytes of ours at `address`, from page `guest_pfn` of the guest on. Of the flags bit 0 is
+/// writable, 1 executable, 2 takes the region away again.
+pub fn region(guest_pfn: u64, address: u64, size: u64, flags: u8) -> mshv_user_mem_region {
+    mshv_user_mem_region {
+        size,
+        guest_pfn,
+        userspace_addr: address,
+        flags,
+        ..Default::default()
+    }
+}
+
+/// The errno of mapping or unmapping a region, 0 for success.
+pub fn set_memory(vm: &VmFd, region: mshv_user_mem_region) -> i32 {
+    errno(ioctl(vm.as_raw_fd(), 0x4020_b802, &raw const region as u64))
 }
 
 /// Type of a message.
@@ -121,13 +138,7 @@ impl Machine {
         let vcpu = vm.create_vcpu(0)?;
         let memory = Memory::new(0xa000)?;
         memory.write(0, code);
-        vm.map_user_memory(mshv_user_mem_region {
-            size: 0xa000,
-            guest_pfn: 1,
-            userspace_addr: memory.address(),
-            flags: 3,
-            ..Default::default()
-        })?;
+        vm.map_user_memory(region(1, memory.address(), 0xa000, 3))?;
         prepare(&vcpu)?;
         Ok(Self { vcpu, vm, memory })
     }
@@ -141,13 +152,8 @@ impl Machine {
     pub fn handle(&self, vector: usize, offset: u16) -> Result<()> {
         let table = Memory::new(0x1000)?;
         table.write(vector * 4, &u32::from(offset).to_le_bytes());
-        self.vm.map_user_memory(mshv_user_mem_region {
-            size: 0x1000,
-            guest_pfn: 0,
-            userspace_addr: table.address(),
-            flags: 3,
-            ..Default::default()
-        })?;
+        self.vm
+            .map_user_memory(region(0, table.address(), 0x1000, 3))?;
         std::mem::forget(table);
         self.set(&[(hv_register_name_HV_X64_REGISTER_RSP, 0x8000)])
     }

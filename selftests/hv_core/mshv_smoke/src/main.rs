@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use mshv_bindings::*;
 use mshv_ioctls::{InterruptRequest, Mshv};
-use mshv_smoke::machine::{self, errno, ioctl, Machine, Memory};
+use mshv_smoke::machine::{self, errno, ioctl, region, set_memory, Machine, Memory};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -292,58 +292,45 @@ fn wrong_memory_is_refused() -> Outcome {
     let vm = Mshv::new()?.create_vm()?;
     vm.initialize()?;
     let memory = Memory::new(0x10_0000)?;
-    let region = |size, guest_pfn, userspace_addr, flags| mshv_user_mem_region {
-        size,
-        guest_pfn,
-        userspace_addr,
-        flags,
-        ..Default::default()
-    };
     let at = memory.address();
-    let attempt = |r: mshv_user_mem_region| ioctl(vm.as_raw_fd(), 0x4020_b802, &raw const r as u64);
-    ensure!(
-        attempt(region(0x4000, 0x10, at, 3)).is_ok(),
-        "a good region"
-    );
+    let attempt = |r| set_memory(&vm, r);
+    ensure!(attempt(region(0x10, at, 0x4000, 3)) == 0, "a good region");
     let cases = [
-        (region(0, 0x100, at, 3), libc::EINVAL),
-        (region(0x1001, 0x100, at, 3), libc::EINVAL),
-        (region(0x1000, 0x100, at + 1, 3), libc::EINVAL),
-        (region(0x1000, 0x100, at, 8), libc::EINVAL),
-        (region(0x1000, 0x100, 0x1000, 3), libc::EINVAL),
-        (region(u64::MAX & !0xfff, 0x100, at, 3), libc::EINVAL),
-        (region(0x1000, u64::MAX, at, 3), libc::EINVAL),
+        (region(0x100, at, 0, 3), libc::EINVAL),
+        (region(0x100, at, 0x1001, 3), libc::EINVAL),
+        (region(0x100, at + 1, 0x1000, 3), libc::EINVAL),
+        (region(0x100, at, 0x1000, 8), libc::EINVAL),
+        (region(0x100, 0x1000, 0x1000, 3), libc::EINVAL),
+        (region(0x100, at, u64::MAX & !0xfff, 3), libc::EINVAL),
+        (region(u64::MAX, at, 0x1000, 3), libc::EINVAL),
         (
             mshv_user_mem_region {
                 rsvd: [1; 7],
-                ..region(0x1000, 0x100, at, 3)
+                ..region(0x100, at, 0x1000, 3)
             },
             libc::EINVAL,
         ),
-        (region(0x1000, 0x13, at, 3), libc::EEXIST),
-        (region(0x10000, 0xc, at, 3), libc::EEXIST),
-        (region(0x2000, 0xf, at, 3), libc::EEXIST),
-        (region(0x1000, 0x11, at, 4), libc::EINVAL),
-        (region(0x4000, 0x10, at + 0x1000, 4), libc::EINVAL),
-        (region(0x3000, 0x10, at, 4), libc::EINVAL),
-        (region(0x4000, 0x20, at, 4), libc::ENOENT),
+        (region(0x13, at, 0x1000, 3), libc::EEXIST),
+        (region(0xc, at, 0x10000, 3), libc::EEXIST),
+        (region(0xf, at, 0x2000, 3), libc::EEXIST),
+        (region(0x11, at, 0x1000, 4), libc::EINVAL),
+        (region(0x10, at + 0x1000, 0x4000, 4), libc::EINVAL),
+        (region(0x10, at, 0x3000, 4), libc::EINVAL),
+        (region(0x20, at, 0x4000, 4), libc::ENOENT),
     ];
     for (index, (case, expected)) in cases.into_iter().enumerate() {
-        let got = errno(attempt(case));
+        let got = attempt(case);
         ensure!(
             got == expected,
             "case {index}: errno {got} instead of {expected}"
         );
     }
     // Beside it, twice the same memory, and away again.
-    ensure!(attempt(region(0x1000, 0xf, at, 3)).is_ok(), "neighbour");
+    ensure!(attempt(region(0xf, at, 0x1000, 3)) == 0, "neighbour");
+    ensure!(attempt(region(0x14, at, 0x1000, 3)) == 0, "other neighbour");
+    ensure!(attempt(region(0x10, at, 0x4000, 4)) == 0, "unmap");
     ensure!(
-        attempt(region(0x1000, 0x14, at, 3)).is_ok(),
-        "other neighbour"
-    );
-    ensure!(attempt(region(0x4000, 0x10, at, 4)).is_ok(), "unmap");
-    ensure!(
-        errno(attempt(region(0x4000, 0x10, at, 4))) == libc::ENOENT,
+        attempt(region(0x10, at, 0x4000, 4)) == libc::ENOENT,
         "unmap twice"
     );
     Ok(())
@@ -405,19 +392,12 @@ fn memory_changes_beneath_running_vps() -> Outcome {
     machine::wake(&second)?;
     let memory = Memory::new(PAGES as usize * 4096)?;
     let rest = mapped_pages()?;
-    let region = |first: u64, pages: u64, flags: u8| mshv_user_mem_region {
-        size: pages * 4096,
-        guest_pfn: FIRST + first,
-        userspace_addr: memory.address() + first * 4096,
-        flags,
-        ..Default::default()
-    };
-    let attempt = |r: mshv_user_mem_region| {
-        errno(ioctl(
-            machine.vm.as_raw_fd(),
-            0x4020_b802,
-            &raw const r as u64,
-        ))
+    let attempt = |first: u64, pages: u64, flags| {
+        let address = memory.address() + first * 4096;
+        set_memory(
+            &machine.vm,
+            region(FIRST + first, address, pages * 4096, flags),
+        )
     };
     let done = std::sync::atomic::AtomicBool::new(false);
     let is_done = || done.load(std::sync::atomic::Ordering::Acquire);
@@ -446,15 +426,15 @@ fn memory_changes_beneath_running_vps() -> Outcome {
             for turn in 0..200u64 {
                 let pages = 1 << (turn % 4);
                 let first = turn * 11 % (PAGES - 16);
-                ensure!(attempt(region(first, pages, 3)) == 0, "turn {turn}: map");
-                let over = attempt(region(first.saturating_sub(1), pages + 2, 3));
+                ensure!(attempt(first, pages, 3) == 0, "turn {turn}: map");
+                let over = attempt(first.saturating_sub(1), pages + 2, 3);
                 ensure!(over == libc::EEXIST, "turn {turn}: overlap {over}");
                 // In every fourth turn the guest surely uses it.
                 while turn % 4 == 0 && memory.read(first as usize * 4096) == 0 {
                     ensure!(!runners.iter().any(|r| r.is_finished()), "a VP stopped");
                     std::thread::yield_now();
                 }
-                ensure!(attempt(region(first, pages, 4)) == 0, "turn {turn}: unmap");
+                ensure!(attempt(first, pages, 4) == 0, "turn {turn}: unmap");
                 for page in first..first + pages {
                     memory.write(page as usize * 4096, &[0]);
                 }
@@ -545,13 +525,9 @@ fn read_only_memory_exits_at_a_write() -> Outcome {
     let machine = Machine::new(&code)?;
     let rom = Memory::new(0x1000)?;
     rom.write(0, &[0x5a]);
-    machine.vm.map_user_memory(mshv_user_mem_region {
-        size: 0x1000,
-        guest_pfn: 0xc,
-        userspace_addr: rom.address(),
-        flags: 2,
-        ..Default::default()
-    })?;
+    machine
+        .vm
+        .map_user_memory(region(0xc, rom.address(), 0x1000, 2))?;
     ensure!(machine.next_port_write()? == (0x10, 0x5a), "read");
     let message = machine.next_message()?;
     ensure!(
@@ -839,13 +815,7 @@ fn large_region_costs_nothing_until_touched() -> Outcome {
     let vm = Mshv::new()?.create_vm()?;
     vm.initialize()?;
     let memory = Memory::new(SIZE as usize)?;
-    vm.map_user_memory(mshv_user_mem_region {
-        size: SIZE,
-        guest_pfn: 0,
-        userspace_addr: memory.address(),
-        flags: 3,
-        ..Default::default()
-    })?;
+    vm.map_user_memory(region(0, memory.address(), SIZE, 3))?;
     // While nothing is tracked all is dirty; once it is, what was never touched is clean.
     let mut bitmap = [0u8; 0x400];
     let mut ask = |page_count: u64, base: u64, op: u8| {

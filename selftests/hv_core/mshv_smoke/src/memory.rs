@@ -2,11 +2,10 @@
 //! Guest memory that the host cannot give.
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::{fs, ptr};
 
 use mshv_bindings::*;
-use mshv_smoke::machine::{ioctl, kind, Machine, Memory};
+use mshv_smoke::machine::{kind, region, set_memory, Machine, Memory};
 
 use super::Outcome;
 
@@ -90,18 +89,12 @@ pub fn hole_in_a_region_is_the_vmms_to_fill() -> Outcome {
             _ => Err(io::Error::last_os_error()),
         };
         checked(make(page))?;
-        let region = |flags| mshv_user_mem_region {
-            size: 8 * PAGE as u64,
-            guest_pfn: 0x10,
-            userspace_addr: memory.address(),
-            flags,
-            ..Default::default()
-        };
-        let attempt = |r: mshv_user_mem_region| {
-            ioctl(machine.vm.as_raw_fd(), 0x4020_b802, &raw const r as u64)
+        let attempt = |flags| {
+            let bytes = 8 * PAGE as u64;
+            set_memory(&machine.vm, region(0x10, memory.address(), bytes, flags))
         };
         let before = pinned_and_mapped()?;
-        attempt(region(3))?;
+        ensure!(attempt(3) == 0, "hole {number}: map");
         let untouched = pinned_and_mapped()?;
         ensure!(untouched == before, "{before:?}, mapped {untouched:?}");
         let message = machine.next_message()?;
@@ -131,10 +124,9 @@ pub fn hole_in_a_region_is_the_vmms_to_fill() -> Outcome {
             [0x4000, 0x5000].map(|at| memory.read(at)) == [1, 1],
             "hole {number}: the guest does not reach the page that came"
         );
-        attempt(region(4))?;
         // It is all gone, so that it can come again.
-        attempt(region(3))?;
-        attempt(region(4))?;
+        let again = [4, 3, 4].map(attempt);
+        ensure!(again == [0; 3], "hole {number}: errno {again:?}");
         drop(machine);
         let after = pinned_and_mapped()?;
         ensure!(after == before, "hole {number}: {before:?}, then {after:?}");

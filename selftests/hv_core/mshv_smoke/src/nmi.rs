@@ -3,7 +3,7 @@
 
 use mshv_bindings::*;
 use mshv_ioctls::InterruptRequest;
-use mshv_smoke::machine::{kind, Machine, Memory};
+use mshv_smoke::machine::{kind, region, Machine, Memory};
 
 use super::Outcome;
 
@@ -62,13 +62,9 @@ pub fn nmis_stay_blocked_until_iret_is_done() -> Outcome {
         let stack = Memory::new(0x1000)?;
         // IP, CS, flags.
         stack.write(0x100, &[0x10, 0x10, 0, 0, 2, 0]);
-        machine.vm.map_user_memory(mshv_user_mem_region {
-            size: 0x1000,
-            guest_pfn: 0xf0,
-            userspace_addr: stack.address(),
-            flags: 3,
-            ..Default::default()
-        })?;
+        machine
+            .vm
+            .map_user_memory(region(0xf0, stack.address(), 0x1000, 3))?;
         let second = machine.next_port_write()?;
         ensure!(
             second == (0x10, 0x10),
