@@ -110,7 +110,13 @@ pub mod map {
     pub const LARGE_PAGE: u32 = 0x8000_0000;
 }
 
-/// `hv_input_map_gpa_pages`. Rep call: one page number of the root (u64) per rep follows.
+/// `HV_UNMAP_GPA_*`.
+pub mod unmap {
+    pub const LARGE_PAGE: u32 = 0x2;
+}
+
+/// `hv_input_map_gpa_pages`. Rep call: one page number of the root (u64) per rep follows. With [`map::LARGE_PAGE`] a rep is
+/// 2 MiB; all page numbers still count 4 KiB.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct MapGpaPages {
@@ -122,14 +128,15 @@ pub struct MapGpaPages {
     pub padding: u32,
 }
 
-/// `hv_input_unmap_gpa_pages`. Rep call with an empty list: the rep count is the number of pages.
+/// `hv_input_unmap_gpa_pages`. Rep call with an empty list: the rep count is the number of pages, with
+/// [`unmap::LARGE_PAGE`] those of 2 MiB.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct UnmapGpaPages {
     pub target_partition_id: u64,
     /// First page number in the child. Counts from rep 0, also when the call starts at a later rep.
     pub target_gpa_base: u64,
-    /// Bit 1: large pages.
+    /// [`unmap`] flags.
     pub unmap_flags: u32,
     pub padding: u32,
 }

@@ -8,12 +8,13 @@ use hv_abi::boot::BootInfo;
 use hv_abi::hypercall::{code, result, Control, ANY_VP, PARTITION_SELF, ROOT_PARTITION};
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::partition::{
-    vp_state, AssertVirtualInterrupt, CpuidLeaf, CreatePartition, CreateVp, DeleteVp,
+    unmap, vp_state, AssertVirtualInterrupt, CpuidLeaf, CreatePartition, CreateVp, DeleteVp,
     GetPartitionProperty, GetVpCpuidValues, InstallIntercept, MapGpaPages, MapVpStatePage,
     PartitionId, RegisterAssoc, RegisterInterceptResult, SetPartitionProperty, TranslateResult,
     TranslateVirtualAddress, UnmapGpaPages, UnmapVpStatePage, VpRegisters, VpState, WithdrawMemory,
 };
 use hv_abi::status::HvStatus;
+use hv_x86::paging::PageSize;
 
 use crate::apic::{DeliveryMode, Destination, Interrupt};
 use crate::arch::memory::{read_value, write_value, Window};
@@ -22,10 +23,13 @@ use crate::child;
 use crate::child_emulate as emulate;
 use crate::partition::{self, InUse, Partition};
 use crate::registers::SetGroup;
+use crate::slat::{page_size, Page};
 use crate::vp::{Vp, VpCore};
 
 /// Elements of a rep call that one call does at most: bounds the time with interrupts off.
 const REPS_AT_A_TIME: u16 = 128;
+/// The same for large pages: each may be 512 pages to look at.
+const LARGE_PAGES_AT_A_TIME: u16 = 16;
 
 /// Parameters of one call.
 pub struct Call<'a> {
@@ -93,12 +97,35 @@ impl Call<'_> {
     }
 
     /// Runs `each` for the reps of this call and returns how many are done in all.
-    fn reps(&self, mut each: impl FnMut(u64) -> Outcome) -> (Outcome, u16) {
+    fn reps(&self, each: impl FnMut(u64) -> Outcome) -> (Outcome, u16) {
+        self.reps_of(REPS_AT_A_TIME, each)
+    }
+
+    /// The same for pages of guest memory from page number `base` on; `each` gets the GPA, too.
+    fn page_reps(
+        &self,
+        base: u64,
+        size: PageSize,
+        mut each: impl FnMut(u64, u64) -> Outcome,
+    ) -> (Outcome, u16) {
+        let limit = match size {
+            PageSize::Size4K => REPS_AT_A_TIME,
+            _ => LARGE_PAGES_AT_A_TIME,
+        };
+        self.reps_of(limit, |rep| {
+            let gpa = page_address(base)?
+                .checked_add(rep * size.bytes())
+                .ok_or(HvStatus::INVALID_PARAMETER)?;
+            each(rep, gpa)
+        })
+    }
+
+    fn reps_of(&self, limit: u16, mut each: impl FnMut(u64) -> Outcome) -> (Outcome, u16) {
         let (start, count) = (self.control.rep_start(), self.control.rep_count());
         if count == 0 || start >= count {
             return (Err(HvStatus::INVALID_HYPERCALL_INPUT), 0);
         }
-        let end = count.min(start.saturating_add(REPS_AT_A_TIME));
+        let end = count.min(start.saturating_add(limit));
         for rep in start..end {
             if let Err(status) = each(rep.into()) {
                 return (Err(status), rep);
@@ -201,15 +228,10 @@ impl Call<'_> {
             Ok(found) => found,
             Err(status) => return (Err(status), 0),
         };
-        self.reps(|rep| {
-            let page: u64 = self.read(size_of::<MapGpaPages>() as u64 + 8 * rep)?;
-            let gpa = page_address(
-                input
-                    .target_gpa_base
-                    .checked_add(rep)
-                    .ok_or(HvStatus::INVALID_PARAMETER)?,
-            )?;
-            target.map(self.info, gpa, page_address(page)?, input.map_flags)
+        let page = Page::from_flags(input.map_flags);
+        self.page_reps(input.target_gpa_base, page.size, |rep, gpa| {
+            let spa: u64 = self.read(size_of::<MapGpaPages>() as u64 + 8 * rep)?;
+            target.map(self.info, gpa, page_address(spa)?, page)
         })
     }
 
@@ -221,14 +243,9 @@ impl Call<'_> {
             Ok(found) => found,
             Err(status) => return (Err(status), 0),
         };
-        self.reps(|rep| {
-            let gpa = page_address(
-                input
-                    .target_gpa_base
-                    .checked_add(rep)
-                    .ok_or(HvStatus::INVALID_PARAMETER)?,
-            )?;
-            target.unmap(self.info, gpa)
+        let size = page_size(input.unmap_flags & unmap::LARGE_PAGE != 0);
+        self.page_reps(input.target_gpa_base, size, |_, gpa| {
+            target.unmap(self.info, gpa, size)
         })
     }
 

@@ -17,6 +17,7 @@ pub mod messages;
 pub mod register_page;
 pub mod registers;
 pub mod root;
+pub mod slat;
 pub mod translate;
 pub mod vp_state;
 

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Page pools, second-level tables, and the pages that change hands between root and hypervisor.
+//! Page pools, and the pages that change hands between root and hypervisor.
 
-use hv_abi::boot::{BootInfo, Vendor};
+use hv_abi::boot::BootInfo;
 use hv_abi::layout::{DIRECT_BASE, PAGE_SIZE};
 use hv_abi::status::HvStatus;
-use hv_x86::paging::{
-    Attributes, Ept, Error, Host, Layout, Npt, PageSize, PageTable, TableMemory, Translation,
-};
+use hv_x86::paging::{Attributes, Host, Layout, PageSize, PageTable};
 
 use crate::arch::memory::{link, set_link, wipe};
+use crate::slat::{table_status, Slat};
 
 /// Free pages of one partition, linked through their first word.
 pub struct PagePool {
@@ -86,106 +85,6 @@ impl Default for PagePool {
     }
 }
 
-/// Status of a failed change of a table.
-pub fn table_status(error: Error) -> HvStatus {
-    match error {
-        Error::OutOfTables => HvStatus::INSUFFICIENT_MEMORY,
-        Error::Unaligned => HvStatus::INVALID_ALIGNMENT,
-        Error::OutOfRange | Error::Misconfigured => HvStatus::INVALID_PARAMETER,
-    }
-}
-
-/// A second-level table of either vendor.
-pub enum Slat {
-    /// VT-x.
-    Ept(PageTable<Ept>),
-    /// AMD-V.
-    Npt(PageTable<Npt>),
-}
-
-macro_rules! each {
-    ($self:expr, $table:ident => $body:expr) => {
-        match $self {
-            Slat::Ept($table) => $body,
-            Slat::Npt($table) => $body,
-        }
-    };
-}
-
-impl Slat {
-    /// Shape of the second-level tables of this machine.
-    fn layout(info: &BootInfo) -> Layout {
-        // The nested table of AMD-V has as many levels as the host's (APM 15.25.3).
-        let levels = match info.vendor {
-            Vendor::Vmx => 4,
-            Vendor::Svm => info.host_levels as u8,
-        };
-        let largest = if info.slat_1g != 0 {
-            PageSize::Size1G
-        } else {
-            PageSize::Size2M
-        };
-        Layout::new(levels, largest)
-    }
-
-    /// A new, empty table.
-    pub fn new(info: &BootInfo, memory: &mut PagePool) -> Result<Self, HvStatus> {
-        let layout = Self::layout(info);
-        match info.vendor {
-            Vendor::Vmx => PageTable::with_layout(memory, layout).map(Self::Ept),
-            Vendor::Svm => PageTable::with_layout(memory, layout).map(Self::Npt),
-        }
-        .map_err(table_status)
-    }
-
-    /// The table with that root.
-    pub fn adopt(info: &BootInfo, root: u64) -> Result<Self, HvStatus> {
-        let layout = Self::layout(info);
-        match info.vendor {
-            Vendor::Vmx => PageTable::adopt(root, layout).map(Self::Ept),
-            Vendor::Svm => PageTable::adopt(root, layout).map(Self::Npt),
-        }
-        .map_err(table_status)
-    }
-
-    /// SPA of the root table.
-    pub fn root(&self) -> u64 {
-        each!(self, table => table.root())
-    }
-
-    /// Maps a range.
-    pub fn map<M: TableMemory>(
-        &mut self,
-        memory: &mut M,
-        gpa: u64,
-        spa: u64,
-        length: u64,
-        attributes: Attributes,
-    ) -> Result<(), HvStatus> {
-        each!(self, table => table.map(memory, gpa, spa, length, attributes)).map_err(table_status)
-    }
-
-    /// Unmaps a range.
-    pub fn unmap<M: TableMemory>(
-        &mut self,
-        memory: &mut M,
-        gpa: u64,
-        length: u64,
-    ) -> Result<(), HvStatus> {
-        each!(self, table => table.unmap(memory, gpa, length)).map_err(table_status)
-    }
-
-    /// Translates one address.
-    pub fn lookup<M: TableMemory>(&self, memory: &M, gpa: u64) -> Option<Translation> {
-        each!(self, table => table.lookup(memory, gpa))
-    }
-
-    /// Frees all tables.
-    pub fn destroy<M: TableMemory>(self, memory: &mut M) {
-        each!(self, table => table.destroy(memory))
-    }
-}
-
 /// What all partitions share: the hypervisor's own pool and the two tables that decide which pages are its.
 pub struct Shared {
     /// The root partition's pool: tables of the root and of the image.
@@ -215,10 +114,13 @@ impl Shared {
 
     /// Whether the page is ordinary memory of the root, neither the hypervisor's nor beyond the end.
     pub fn is_roots(&self, info: &BootInfo, page: u64) -> bool {
+        self.all_is_roots(info, page, PageSize::Size4K)
+    }
+
+    /// The same for every byte of a page of this size.
+    pub fn all_is_roots(&self, info: &BootInfo, page: u64, size: PageSize) -> bool {
         Slat::adopt(info, info.root_slat)
-            .ok()
-            .and_then(|slat| slat.lookup(&self.pool, page))
-            .is_some_and(|t| t.spa == page && t.attributes.write)
+            .is_ok_and(|slat| slat.is_writable_identity(&self.pool, page, size))
     }
 
     /// Takes a page from the root: it vanishes from the root's view and appears in the direct map.

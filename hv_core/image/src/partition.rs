@@ -6,12 +6,12 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use hv_abi::boot::BootInfo;
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::status::HvStatus;
-use hv_x86::mtrr::MemoryType;
-use hv_x86::paging::Attributes;
+use hv_x86::paging::PageSize;
 
 use crate::arch::memory::SpinLock;
 use crate::arch::object::{Handle, Owned};
-use crate::memory::{PagePool, Shared, Slat};
+use crate::memory::{PagePool, Shared};
+use crate::slat::{Page, Slat};
 use crate::vp::{Vp, VpCore};
 use crate::vp_state::{PartitionState, VpState};
 
@@ -212,18 +212,6 @@ pub fn withdraw(info: &BootInfo, partition: &Partition) -> Result<Option<u64>, H
     Ok(Some(page))
 }
 
-/// TLFS map flags.
-pub mod map_flag {
-    /// Readable.
-    pub const READABLE: u32 = 1;
-    /// Writable.
-    pub const WRITABLE: u32 = 2;
-    /// Executable at any privilege level: both bits.
-    pub const EXECUTABLE: u32 = 0xc;
-    /// Not cached.
-    pub const NOT_CACHED: u32 = 0x20_0000;
-}
-
 impl Partition {
     /// HvCallInitializePartition.
     pub fn initialize(&self, info: &BootInfo) -> Result<(), HvStatus> {
@@ -394,38 +382,30 @@ impl Partition {
     }
 
     /// Maps one page, `HvCallMapGpaPages`.
-    pub fn map(&self, info: &BootInfo, gpa: u64, page: u64, flags: u32) -> Result<(), HvStatus> {
-        if gpa >> info.physical_bits != 0 {
+    pub fn map(&self, info: &BootInfo, gpa: u64, spa: u64, page: Page) -> Result<(), HvStatus> {
+        let last = gpa | (page.size.bytes() - 1);
+        if last >> info.physical_bits != 0 {
             return Err(HvStatus::INVALID_PARAMETER);
         }
-        if !with_shared(info, |shared| shared.is_roots(info, page)) {
+        if !page.size.divides(spa) {
+            return Err(HvStatus::INVALID_ALIGNMENT);
+        }
+        if !with_shared(info, |shared| shared.all_is_roots(info, spa, page.size)) {
             return Err(HvStatus::ACCESS_DENIED);
         }
-        let attributes = Attributes {
-            read: flags & map_flag::READABLE != 0,
-            write: flags & map_flag::WRITABLE != 0,
-            execute: flags & map_flag::EXECUTABLE == map_flag::EXECUTABLE,
-            memory_type: if flags & map_flag::NOT_CACHED != 0 {
-                MemoryType::Uncacheable
-            } else {
-                MemoryType::WriteBack
-            },
-        };
         let mut inner = self.inner.lock();
         let mut slat = self.slat_table(info)?;
-        let before = slat.lookup(&inner.pool, gpa);
-        slat.map(&mut inner.pool, gpa, page, PAGE_SIZE, attributes)?;
-        if before.is_some() {
+        if slat.map_page(&mut inner.pool, gpa, spa, page)? {
             self.generation.fetch_add(1, Ordering::Release);
         }
         Ok(())
     }
 
     /// Unmaps one page.
-    pub fn unmap(&self, info: &BootInfo, gpa: u64) -> Result<(), HvStatus> {
+    pub fn unmap(&self, info: &BootInfo, gpa: u64, size: PageSize) -> Result<(), HvStatus> {
         let mut inner = self.inner.lock();
         let mut slat = self.slat_table(info)?;
-        slat.unmap(&mut inner.pool, gpa, PAGE_SIZE)?;
+        slat.unmap_page(&mut inner.pool, gpa, size)?;
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
     }

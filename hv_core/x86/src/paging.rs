@@ -103,6 +103,11 @@ impl PageSize {
         entry_size(self.level())
     }
 
+    /// Whether an address or a length is a multiple of the size.
+    pub const fn divides(self, value: u64) -> bool {
+        value & (self.bytes() - 1) == 0
+    }
+
     /// The level of the table whose entries map pages of this size: 1, 2 or 3.
     pub const fn level(self) -> u8 {
         match self {
