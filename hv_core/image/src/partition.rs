@@ -8,7 +8,7 @@ use hv_abi::layout::PAGE_SIZE;
 use hv_abi::status::HvStatus;
 use hv_x86::paging::PageSize;
 
-use crate::arch::memory::SpinLock;
+use crate::arch::memory::{Guard, SpinLock};
 use crate::arch::object::{Handle, Owned};
 use crate::memory::{PagePool, Shared};
 use crate::slat::{Page, Slat};
@@ -393,7 +393,7 @@ impl Partition {
         if !with_shared(info, |shared| shared.all_is_roots(info, spa, page.size)) {
             return Err(HvStatus::ACCESS_DENIED);
         }
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock_for_change();
         let mut slat = self.slat_table(info)?;
         if slat.map_page(&mut inner.pool, gpa, spa, page)? {
             self.generation.fetch_add(1, Ordering::Release);
@@ -403,11 +403,22 @@ impl Partition {
 
     /// Unmaps one page.
     pub fn unmap(&self, info: &BootInfo, gpa: u64, size: PageSize) -> Result<(), HvStatus> {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock_for_change();
         let mut slat = self.slat_table(info)?;
         slat.unmap_page(&mut inner.pool, gpa, size)?;
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
+    }
+
+    /// The lock, to change the second-level table.
+    fn lock_for_change(&self) -> Guard<'_, Inner> {
+        let mut inner = self.inner.lock();
+        // One user is the caller. If there is no other, no CPU walks tables that were unlinked; each flushes before it
+        // walks the rest, because the generation changed with them.
+        if self.users.load(Ordering::SeqCst) == 1 {
+            inner.pool.release();
+        }
+        inner
     }
 
     /// SPA behind a GPA, if it is mapped with the rights.
