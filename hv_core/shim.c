@@ -541,6 +541,12 @@ u64 hv_sys_page_to_pfn(struct page *page)
 	return page_to_pfn(page);
 }
 
+bool hv_sys_large_code_pages_are_unsafe(void);
+bool hv_sys_large_code_pages_are_unsafe(void)
+{
+	return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT);
+}
+
 /* Scheduling around a virtual processor. */
 void hv_sys_preempt_disable(void);
 void hv_sys_preempt_disable(void)

@@ -63,6 +63,7 @@ mod ffi {
         ) -> c_int;
         pub(super) fn hv_sys_unpin_pages(pages: *mut *mut c_void, count: c_ulong, dirty: bool);
         pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
+        pub(super) fn hv_sys_large_code_pages_are_unsafe() -> bool;
         pub(super) fn hv_sys_preempt_disable();
         pub(super) fn hv_sys_preempt_enable();
         pub(super) fn hv_sys_machine_check();
@@ -542,6 +543,13 @@ pub(crate) unsafe fn unpin_pages(pages: &mut [PinnedPage], dirty: bool) {
     unsafe {
         ffi::hv_sys_unpin_pages(pages.as_mut_ptr().cast(), pages.len() as c_ulong, dirty);
     }
+}
+
+/// Whether a guest that may execute large second-level pages can stop this processor (INTEL-SA-00210): it has to change the
+/// size of a page in its own tables and fetch from it before a flush.
+pub(crate) fn large_code_pages_are_unsafe() -> bool {
+    // SAFETY: reads what the kernel found out about the processor.
+    unsafe { ffi::hv_sys_large_code_pages_are_unsafe() }
 }
 
 /// Preemption is off while it lives.

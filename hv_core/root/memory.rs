@@ -2,8 +2,9 @@
 //! Guest memory: regions of the VMM's address space, mapped to the child in batches when it first touches
 //! them.
 //!
-//! A region is cut into chunks of [`CHUNK`] pages. A chunk exists once a page of it is mapped; it holds the
-//! pinned pages. So a region costs nothing until it is used, whatever its size.
+//! A region is cut into chunks where the child may have large pages of [`CHUNK`] pages. A chunk exists once a page of it
+//! is mapped; it holds the pinned pages. So a region costs nothing until it is used, whatever its size. A chunk whose
+//! pages lie in a row in memory, as those of a huge page do, is mapped as one large page.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,18 +15,23 @@ use kernel::rbtree::RBTree;
 use super::call::{bytes, errno};
 use super::partition::Partition;
 use crate::abi::hypercall::code;
-use crate::abi::partition::{access, map, MapGpaPages, UnmapGpaPages};
+use crate::abi::partition::{access, map, unmap, MapGpaPages, UnmapGpaPages};
 use crate::sys::{self, PinnedPage};
 
-/// Pages that are pinned and mapped together.
+/// Pages that are pinned and mapped together: those of a large page of the child.
 const CHUNK: usize = 512;
 /// Pages of one MAP_GPA_PAGES call; 500 would fit, but their numbers are on the stack.
 const BATCH: usize = 128;
 /// Pages that a child's physical address space may have (52 bits).
 const GUEST_PAGES: u64 = 1 << 40;
 
-/// [`CHUNK`] pages.
-type Chunk = KVec<PinnedPage>;
+/// What a region has of the [`CHUNK`] pages of a large page.
+struct Chunk {
+    /// By page in the child, also those that belong to another region or to none.
+    pages: KVec<PinnedPage>,
+    /// Mapped as one large page.
+    large: bool,
+}
 
 /// A region of guest memory.
 pub(crate) struct Region {
@@ -36,6 +42,7 @@ pub(crate) struct Region {
     address: u64,
     writable: bool,
     executable: bool,
+    /// By first page number in the child, divided by [`CHUNK`].
     chunks: RBTree<u64, Chunk>,
 }
 
@@ -46,6 +53,8 @@ pub(crate) struct Sizes {
     pub(super) regions: AtomicU64,
     pub(super) pages: AtomicU64,
     pub(super) mapped: AtomicU64,
+    /// Large pages among what is mapped.
+    pub(super) large: AtomicU64,
 }
 
 /// What came of an access that the child could not make.
@@ -119,47 +128,53 @@ impl Region {
         }
     }
 
-    /// Whether any page of the chunk at this offset may be mapped.
-    fn has_chunk(&self, offset: u64) -> bool {
-        self.chunks.get(&(offset / CHUNK as u64)).is_some()
+    /// Whether any page of the chunk of page `gfn` may be mapped.
+    fn has_chunk(&self, gfn: u64) -> bool {
+        self.chunks.get(&(gfn / CHUNK as u64)).is_some()
     }
 
-    /// Whether the page at this offset is mapped.
-    fn is_mapped(&self, offset: u64) -> bool {
-        let chunk = self.chunks.get(&(offset / CHUNK as u64));
-        let page = chunk.and_then(|chunk| chunk.get((offset % CHUNK as u64) as usize));
+    /// Whether page `gfn` is mapped.
+    fn is_mapped(&self, gfn: u64) -> bool {
+        let chunk = self.chunks.get(&(gfn / CHUNK as u64));
+        let page = chunk.and_then(|chunk| chunk.pages.get((gfn % CHUNK as u64) as usize));
         page.is_some_and(|page| *page != PinnedPage::NONE)
     }
 
-    /// Pins and maps the page at this offset, and as many around it as it gets.
-    fn populate(&mut self, partition: &Partition, offset: u64) -> Result {
-        let number = offset / CHUNK as u64;
+    /// Pins and maps page `gfn` of the child, and as many around it as it gets.
+    fn populate(&mut self, partition: &Partition, gfn: u64) -> Result {
+        let number = gfn / CHUNK as u64;
         if self.chunks.get(&number).is_none() {
-            let chunk = KVec::from_elem(PinnedPage::NONE, CHUNK, GFP_KERNEL_ACCOUNT)?;
+            let chunk = Chunk {
+                pages: KVec::from_elem(PinnedPage::NONE, CHUNK, GFP_KERNEL_ACCOUNT)?,
+                large: false,
+            };
             self.chunks
                 .try_create_and_insert(number, chunk, GFP_KERNEL_ACCOUNT)?;
         }
+        // The part of it that is the region's.
         let first = number * CHUNK as u64;
-        let length = (self.pages - first).min(CHUNK as u64) as usize;
-        let index = (offset - first) as usize;
-        let (start, address, writable, flags) = (
-            self.start + first,
+        let low = self.start.saturating_sub(first) as usize;
+        let high = (self.end() - first).min(CHUNK as u64) as usize;
+        let index = (gfn - first) as usize;
+        let (start, address, writable, executable, flags) = (
+            self.start,
             self.address,
             self.writable,
+            self.executable,
             self.flags(),
         );
-        let chunk = self.chunks.get_mut(&number).ok_or(EIO)?;
-        let chunk = chunk.get_mut(..length).ok_or(EIO)?;
+        let Chunk { pages, large } = self.chunks.get_mut(&number).ok_or(EIO)?;
+        let chunk = pages.get_mut(..high).ok_or(EIO)?;
         // The pages not yet there around the one that is wanted.
-        let from = chunk[..index]
+        let from = chunk[low..index]
             .iter()
             .rposition(|page| *page != PinnedPage::NONE)
-            .map_or(0, |last| last + 1);
+            .map_or(low, |last| low + last + 1);
         let to = chunk[index..]
             .iter()
             .position(|page| *page != PinnedPage::NONE)
-            .map_or(length, |next| index + next);
-        let at = |index: usize| address + (first + index as u64) * 4096;
+            .map_or(high, |next| index + next);
+        let at = |index: usize| address + (first + index as u64 - start) * 4096;
         let mut begin = from;
         let mut pinned = sys::pin_pages(at(from), writable, &mut chunk[from..to]).unwrap_or(0);
         if begin + pinned <= index {
@@ -173,14 +188,21 @@ impl Region {
             }
         }
         let pages = &mut chunk[begin..begin + pinned];
-        let mapped = map_pages(partition, start + begin as u64, flags, pages);
+        *large = is_large(pages) && !(executable && sys::large_code_pages_are_unsafe());
+        let mapped = if *large {
+            map_list(partition, first, flags | map::LARGE_PAGE, &[pages[0].pfn()])
+                .map(|()| CHUNK)
+                .map_err(|(_, error)| (0, error))
+        } else {
+            map_pages(partition, first + begin as u64, flags, pages)
+        };
         let done = *mapped.as_ref().unwrap_or_else(|(done, _)| done);
         // SAFETY: these could not be mapped.
         unsafe { unpin(&mut pages[done..], false) };
-        partition
-            .sizes
-            .mapped
-            .fetch_add(done as u64, Ordering::Relaxed);
+        let sizes = &partition.sizes;
+        sizes.mapped.fetch_add(done as u64, Ordering::Relaxed);
+        *large &= mapped.is_ok();
+        sizes.large.fetch_add((*large).into(), Ordering::Relaxed);
         match mapped {
             Err((_, error)) if begin + done <= index => Err(error),
             _ => Ok(()),
@@ -190,19 +212,25 @@ impl Region {
     /// Takes all pages away from the child and lets them go. On an error they stay pinned for ever: the child may
     /// still reach them.
     pub(super) fn unmap(mut self, partition: &Partition) -> Result {
-        let mut mapped = 0;
+        let (mut mapped, mut large) = (0, 0);
         for (number, chunk) in self.chunks.iter() {
-            let first = self.start + number * CHUNK as u64;
+            let first = number * CHUNK as u64;
             let mut index = 0;
-            while let Some(run) = next_run(&chunk[..], index) {
+            while let Some(run) = next_run(&chunk.pages, index) {
                 index = run.end;
+                mapped += run.len() as u64;
+                large += u64::from(chunk.large);
+                let (count, unmap_flags) = if chunk.large {
+                    (1, unmap::LARGE_PAGE)
+                } else {
+                    (run.len() as u16, 0)
+                };
                 let head = UnmapGpaPages {
                     target_partition_id: partition.id(),
                     target_gpa_base: first + run.start as u64,
+                    unmap_flags,
                     ..Default::default()
                 };
-                let count = run.len() as u16;
-                mapped += u64::from(count);
                 let answer =
                     partition.rep(code::UNMAP_GPA_PAGES, count, [bytes(&head), &[]], &mut [])?;
                 match errno(answer.status) {
@@ -225,6 +253,7 @@ impl Region {
         self.release();
         let sizes = &partition.sizes;
         sizes.mapped.fetch_sub(mapped, Ordering::Relaxed);
+        sizes.large.fetch_sub(large, Ordering::Relaxed);
         sizes.regions.fetch_sub(1, Ordering::Relaxed);
         sizes.pages.fetch_sub(self.pages, Ordering::Relaxed);
         Ok(())
@@ -235,10 +264,10 @@ impl Region {
         let dirty = self.writable;
         for chunk in self.chunks.values_mut() {
             let mut index = 0;
-            while let Some(run) = next_run(&chunk[..], index) {
+            while let Some(run) = next_run(&chunk.pages, index) {
                 index = run.end;
                 // SAFETY: pinned by `populate`; the caller says that no child reaches them.
-                unsafe { unpin(&mut chunk[run], dirty) };
+                unsafe { unpin(&mut chunk.pages[run], dirty) };
             }
         }
     }
@@ -267,6 +296,14 @@ unsafe fn unpin(pages: &mut [PinnedPage], dirty: bool) {
     }
 }
 
+/// Whether pinned pages can be one large page.
+fn is_large(pages: &[PinnedPage]) -> bool {
+    let first = pages.first().map_or(0, |page| page.pfn());
+    pages.len() == CHUNK
+        && first % CHUNK as u64 == 0
+        && (first..).zip(pages).all(|(pfn, page)| page.pfn() == pfn)
+}
+
 /// Maps pinned pages from page `gfn` of the child on, and tells how many. On an error also why it stopped.
 fn map_pages(
     partition: &Partition,
@@ -280,23 +317,32 @@ fn map_pages(
         for (pfn, page) in pfns.iter_mut().zip(batch) {
             *pfn = page.pfn();
         }
-        let pfns = &pfns[..batch.len()];
-        let head = MapGpaPages {
-            target_partition_id: partition.id(),
-            target_gpa_base: gfn + done as u64,
-            map_flags: flags,
-            padding: 0,
-        };
-        let input = [bytes(&head), bytes(pfns)];
-        let answer = partition
-            .rep(code::MAP_GPA_PAGES, pfns.len() as u16, input, &mut [])
-            .map_err(|error| (done, error))?;
-        if let Err(error) = errno(answer.status) {
-            return Err((done + usize::from(answer.reps).min(batch.len()), error));
-        }
+        let at = gfn + done as u64;
+        map_list(partition, at, flags, &pfns[..batch.len()])
+            .map_err(|(more, error)| (done + more, error))?;
         done += batch.len();
     }
     Ok(done)
+}
+
+/// Maps the pages, small or large as the flags say, with these numbers. On an error how many and why it stopped.
+fn map_list(
+    partition: &Partition,
+    gfn: u64,
+    flags: u32,
+    pfns: &[u64],
+) -> core::result::Result<(), (usize, Error)> {
+    let head = MapGpaPages {
+        target_partition_id: partition.id(),
+        target_gpa_base: gfn,
+        map_flags: flags,
+        padding: 0,
+    };
+    let input = [bytes(&head), bytes(pfns)];
+    let answer = partition
+        .rep(code::MAP_GPA_PAGES, pfns.len() as u16, input, &mut [])
+        .map_err(|error| (0, error))?;
+    errno(answer.status).map_err(|error| (usize::from(answer.reps).min(pfns.len()), error))
 }
 
 /// All regions of a partition, by their first page.
@@ -370,15 +416,14 @@ impl Memory {
         else {
             return Ok(Fault::NotMemory);
         };
-        let offset = gfn - start;
-        if region.is_mapped(offset) {
+        if region.is_mapped(gfn) {
             return Ok(if region.allows(kind) {
                 Fault::Mapped
             } else {
                 Fault::Denied
             });
         }
-        match region.populate(partition, offset) {
+        match region.populate(partition, gfn) {
             Ok(()) => Ok(Fault::Mapped),
             Err(error @ (EINTR | ENODEV)) => Err(error),
             Err(error) => {
@@ -408,12 +453,11 @@ impl Memory {
                 page = self.next_start(page).unwrap_or(end).min(end);
                 continue;
             };
-            let offset = page - region.start;
-            let next = (offset / CHUNK as u64 + 1) * CHUNK as u64;
-            let stop = region.end().min(region.start + next).min(end);
-            if region.writable && (!tracks || region.has_chunk(offset)) {
+            let next = (page / CHUNK as u64 + 1) * CHUNK as u64;
+            let stop = region.end().min(next).min(end);
+            if region.writable && (!tracks || region.has_chunk(page)) {
                 for page in page..stop {
-                    if !tracks || region.is_mapped(page - region.start) {
+                    if !tracks || region.is_mapped(page) {
                         let bit = page - gfn;
                         if let Some(byte) = bits.get_mut((bit / 8) as usize) {
                             *byte |= 1 << (bit % 8);

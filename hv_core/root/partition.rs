@@ -410,10 +410,11 @@ impl Partition {
         }
         seq_print!(
             seq,
-            "],\"regions\":{},\"region_pages\":{},\"mapped_pages\":{},\"deposited_pages\":{}}}",
+            "],\"regions\":{},\"region_pages\":{},\"mapped_pages\":{},\"large_pages\":{},\"deposited_pages\":{}}}",
             self.sizes.regions.load(Ordering::Relaxed),
             self.sizes.pages.load(Ordering::Relaxed),
             self.sizes.mapped.load(Ordering::Relaxed),
+            self.sizes.large.load(Ordering::Relaxed),
             self.pool.len()
         );
     }
