@@ -7,10 +7,9 @@
  *             read ADDRESS, write ADDRESS   8 bytes at a physical address, through the direct map
  *             xsetbv INDEX VALUE
  *             nmi CPU COUNT                 sends NMIs one after another and waits for each
- *             hypercall CODE STATUS WORD WORD   a simple one about a partition, with two words of input and zeros
+ *             hypercall CONTROL WORD...     as the root, with up to 7 words of input; RAX is then the parameter "result"
  *           A fault that was caught is EFAULT, a read of anything but zeros EIO, an NMI that does not come
- *           ETIMEDOUT after a minute: on a busy emulator one may take seconds. A hypercall that ends with another
- *           status is EPROTO.
+ *           ETIMEDOUT after a minute: on a busy emulator one may take seconds.
  *   mmap    physical memory, from the physical address given as the offset
  */
 #include <linux/cpu.h>
@@ -230,31 +229,37 @@ static int send_nmis(int cpu, int count)
 	return error;
 }
 
-/* TLFS 3.7. Only while hv_core is there: else the instruction is undefined. */
-static int hypercall(u16 code, u16 status, u64 first, u64 second)
+/* RAX of the last hypercall. */
+static unsigned long long result;
+module_param(result, ullong, 0444);
+
+static int hypercall(u64 control, const u64 *words, size_t size)
 {
-	u64 *input = (u64 *)get_zeroed_page(GFP_KERNEL);
+	void *input = (void *)get_zeroed_page(GFP_KERNEL);
+	u64 at = input ? __pa(input) : 0;
 	register u64 output asm("r8") = 0;
-	u64 result, value;
+	u64 rax = 0;
+	int error = 0;
 
 	if (!input)
 		return -ENOMEM;
-	input[0] = first;
-	input[1] = second;
-	value = virt_to_phys(input);
+	memcpy(input, words, size);
 	if (boot_cpu_data.x86_vendor == X86_VENDOR_INTEL)
-		asm volatile("vmcall" : "=a" (result), "+d" (value) : "c" ((u64)code), "r" (output) : "memory");
+		asm volatile("1: vmcall\n2:\n" _ASM_EXTABLE_TYPE_REG(1b, 2b, EX_TYPE_EFAULT_REG, %0)
+			     : "+r" (error), "+a" (rax), "+d" (at), "+r" (output) : "c" (control) : "cc", "memory");
 	else
-		asm volatile("vmmcall" : "=a" (result), "+d" (value) : "c" ((u64)code), "r" (output) : "memory");
+		asm volatile("1: vmmcall\n2:\n" _ASM_EXTABLE_TYPE_REG(1b, 2b, EX_TYPE_EFAULT_REG, %0)
+			     : "+r" (error), "+a" (rax), "+d" (at), "+r" (output) : "c" (control) : "cc", "memory");
+	result = rax;
 	free_page((unsigned long)input);
-	return (u16)result == status ? 0 : -EPROTO;
+	return error;
 }
 
 static ssize_t state_write(struct file *file, const char __user *from, size_t size, loff_t *offset)
 {
-	char command[64];
-	u64 address, second;
-	u32 index, status;
+	char command[160];
+	u64 address, words[7] = { };
+	u32 index;
 	int cpu, count, error;
 
 	if (size >= sizeof(command))
@@ -270,8 +275,9 @@ static ssize_t state_write(struct file *file, const char __user *from, size_t si
 		error = set_extended_control(index, address);
 	else if (sscanf(command, "nmi %d %d", &cpu, &count) == 2)
 		error = send_nmis(cpu, count);
-	else if (sscanf(command, "hypercall %x %x %llx %llx", &index, &status, &address, &second) == 4)
-		error = hypercall(index, status, address, second);
+	else if (sscanf(command, "hypercall %llx %llx %llx %llx %llx %llx %llx %llx", &address, &words[0], &words[1],
+			&words[2], &words[3], &words[4], &words[5], &words[6]) >= 1)
+		error = hypercall(address, words, sizeof(words));
 	else
 		error = -EINVAL;
 	return error ?: size;

@@ -24,6 +24,32 @@ pub fn ioctl(fd: RawFd, command: u64, argument: u64) -> io::Result<i32> {
     }
 }
 
+/// ID of the only partition.
+///
+/// # Errors
+/// There is none, or no status of `hv_core`.
+pub fn only_partition() -> Result<u64> {
+    let status = std::fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
+    let list = status.split("\"partitions\":[{\"id\":").nth(1);
+    let id = list.and_then(|rest| rest.split(',').next());
+    Ok(id.ok_or("no partition in the status")?.parse()?)
+}
+
+/// A hypercall that the root's kernel makes, by the test module `hv_state`: status and repetitions done (TLFS 3.8).
+///
+/// # Errors
+/// The module is not there, or its answer is not a number.
+pub fn hypercall(control: u64, words: &[u64]) -> Result<(u64, u64)> {
+    let words: Vec<_> = words.iter().map(|word| format!("{word:x}")).collect();
+    std::fs::write(
+        "/dev/hv_state",
+        format!("hypercall {control:x} {}", words.join(" ")),
+    )?;
+    let result = std::fs::read_to_string("/sys/module/hv_state/parameters/result")?;
+    let result: u64 = result.trim().parse()?;
+    Ok((result & 0xffff, result >> 32 & 0xfff))
+}
+
 /// The errno of a result, 0 for success.
 pub fn errno<T>(result: io::Result<T>) -> i32 {
     result
@@ -91,6 +117,30 @@ impl Memory {
             address: address.cast(),
             size,
         })
+    }
+
+    /// Maps memory that begins at a multiple of 2 MiB and consists of huge pages, if the kernel has any. `size` is such a
+    /// multiple, too.
+    pub fn huge(size: usize) -> io::Result<Self> {
+        const HUGE: usize = 2 << 20;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+        // SAFETY: a new mapping; only what is not used of it goes away again.
+        unsafe {
+            let all = libc::mmap(ptr::null_mut(), size + HUGE, access, flags, -1, 0);
+            if all == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            let before = all.align_offset(HUGE);
+            let address = all.byte_add(before);
+            if before != 0 {
+                libc::munmap(all, before);
+            }
+            libc::munmap(address.byte_add(size), HUGE - before);
+            libc::madvise(address, size, libc::MADV_HUGEPAGE);
+            let address = address.cast();
+            Ok(Self { address, size })
+        }
     }
 
     /// Where it is.

@@ -16,7 +16,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Check = (&'static str, fn() -> Outcome);
 
 /// All checks.
-const CHECKS: [Check; 29] = [
+const CHECKS: &[Check] = &[
     (
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
@@ -46,6 +46,22 @@ const CHECKS: [Check; 29] = [
     (
         "read_only_memory_exits_at_a_write",
         read_only_memory_exits_at_a_write,
+    ),
+    (
+        "huge_memory_is_mapped_by_large_pages",
+        large::huge_memory_is_mapped_by_large_pages,
+    ),
+    (
+        "holes_and_odd_places_in_huge_memory_are_exact",
+        large::holes_and_odd_places_in_huge_memory_are_exact,
+    ),
+    (
+        "read_only_huge_memory_exits_at_each_write",
+        large::read_only_huge_memory_exits_at_each_write,
+    ),
+    (
+        "huge_memory_changes_beneath_running_vps",
+        large::huge_memory_changes_beneath_running_vps,
     ),
     (
         "doorbells_ring_without_an_exit",
@@ -115,11 +131,14 @@ const CHECKS: [Check; 29] = [
 /// What `killed_owner_leaves_nothing` starts itself as.
 const VICTIM: &str = "victim";
 
-/// What scripts call with more around it: [`killed_owners`], [`starved`].
-const PARTS: [Check; 3] = [
+/// What scripts call with more around it: [`killed_owners`], [`starved`], and those that need `/dev/hv_state`.
+const PARTS: [Check; 6] = [
     (VICTIM, victim),
     ("killed_owners", killed_owners),
     ("starved", starved),
+    ("wrong_large_pages", large::wrong_large_pages),
+    ("parts_of_large_pages", large::parts_of_large_pages),
+    ("short_of_tables", large::short_of_tables),
 ];
 
 fn main() -> ExitCode {
@@ -152,6 +171,7 @@ macro_rules! ensure {
 
 mod apic;
 mod exceptions;
+mod large;
 mod memory;
 mod nmi;
 mod vps;
@@ -359,12 +379,13 @@ fn long_lists_are_done_to_the_end() -> Outcome {
     Ok(())
 }
 
-/// Pages mapped to all partitions.
-fn mapped_pages() -> io::Result<u64> {
+/// The sum of a number that each partition has in the status.
+fn sum(name: &str) -> io::Result<u64> {
     let status = std::fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
-    let numbers = status.split("\"mapped_pages\":").skip(1);
+    let key = format!("\"{name}\":");
+    let numbers = status.split(&key).skip(1);
     Ok(numbers
-        .filter_map(|rest| rest.split(',').next()?.parse::<u64>().ok())
+        .filter_map(|rest| rest.split([',', '}']).next()?.parse::<u64>().ok())
         .sum())
 }
 
@@ -391,7 +412,7 @@ fn memory_changes_beneath_running_vps() -> Outcome {
     machine::prepare(&second)?;
     machine::wake(&second)?;
     let memory = Memory::new(PAGES as usize * 4096)?;
-    let rest = mapped_pages()?;
+    let rest = sum("mapped_pages")?;
     let attempt = |first: u64, pages: u64, flags| {
         let address = memory.address() + first * 4096;
         set_memory(
@@ -454,7 +475,7 @@ fn memory_changes_beneath_running_vps() -> Outcome {
         ensure!(late, "a page was written to after it was taken away");
         Ok::<_, Box<dyn std::error::Error>>(())
     })?;
-    ensure!(mapped_pages()? <= rest + 10, "pages stay mapped");
+    ensure!(sum("mapped_pages")? <= rest + 10, "pages stay mapped");
     Ok(())
 }
 

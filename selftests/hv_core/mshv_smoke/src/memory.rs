@@ -28,7 +28,7 @@ pub fn pins() -> Result<(u64, u64), Box<dyn std::error::Error>> {
 /// Pages that are pinned now, and those that are mapped to partitions.
 fn pinned_and_mapped() -> Result<(u64, u64), Box<dyn std::error::Error>> {
     let (pinned, released) = pins()?;
-    Ok((pinned - released, super::mapped_pages()?))
+    Ok((pinned - released, super::sum("mapped_pages")?))
 }
 
 const PAGE: usize = 4096;

@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The life of virtual processors.
 
-use std::fs;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mshv_bindings::*;
 use mshv_ioctls::VcpuFd;
-use mshv_smoke::machine::{errno, ioctl, kind, Machine};
+use mshv_smoke::machine::{self, errno, ioctl, kind, Machine};
 
 use super::Outcome;
 
-/// Hypercalls and their answers, in hexadecimal as `hv_state` wants them.
-const CREATE_VP: &str = "4e";
-const DELETE_VP: &str = "4f";
-const SUCCESS: &str = "0";
-const INVALID_PARAMETER: &str = "5";
-const INVALID_PARTITION_STATE: &str = "7";
-const INVALID_VP_INDEX: &str = "e";
+/// Hypercalls and their answers.
+const CREATE_VP: u64 = 0x4e;
+const DELETE_VP: u64 = 0x4f;
+const SUCCESS: u64 = 0;
+const INVALID_PARAMETER: u64 = 5;
+const INVALID_PARTITION_STATE: u64 = 7;
+const INVALID_VP_INDEX: u64 = 0xe;
 
 /// A VP belongs to its partition, not to its file, and no VMM can delete it.
 pub fn vp_outlives_its_file() -> Outcome {
@@ -69,18 +68,9 @@ fn register_error(vcpu: &VcpuFd) -> i32 {
 pub fn deleted_vp_is_gone() -> Outcome {
     let machine = Machine::new(&[0xeb, 0xfe])?; // jmp .
     let other = machine.vm.create_vcpu(1)?;
-    let status = fs::read_to_string("/sys/kernel/debug/hv_core/status")?;
-    let partition: u64 = status
-        .split("\"partitions\":[{\"id\":")
-        .nth(1)
-        .and_then(|rest| rest.split(',').next()?.parse().ok())
-        .ok_or("no partition in the status")?;
-    let answers = |code: &str, answer: &str| {
-        let command = format!("hypercall {code} {answer} {partition:x} 1");
-        match fs::write("/dev/hv_state", command) {
-            Err(error) if error.raw_os_error() == Some(libc::EPROTO) => Ok(false),
-            result => result.map(|()| true),
-        }
+    let partition = machine::only_partition()?;
+    let answers = |code, answer| {
+        machine::hypercall(code, &[partition, 1]).map(|(status, _)| status == answer)
     };
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| -> Outcome {
