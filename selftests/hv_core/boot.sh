@@ -11,14 +11,27 @@ compute_sum "$(dirname "$0")/checksum"
 
 ktap_print_header
 child_boots=${child_boots:-2}
-ktap_set_plan $((4 + 3 * child_boots))
+ktap_set_plan $((5 + 3 * child_boots))
 # A kernel that panics restarts the machine: 3 is a reset (vmwp(1)).
 panic_ends_in_a_reset() {
 	child_arguments=rdinit=/nothing
 	child 1 vmwp
 	[ $? = 3 ] && grep -q 'Kernel panic' $log
 }
+# The state of the child's memory, as long as it has any.
+watch_memory() {
+	while [ ! -e /tmp/watched ]; do
+		grep -o '"mapped_pages":[0-9]*,"large_pages":[0-9]*' /sys/kernel/debug/hv_core/status >/tmp/memory.now && mv /tmp/memory.now /tmp/memory
+		sleep 1
+	done
+}
+# Most of it was in pages of 2 MiB, of 512 pages each.
+memory_was_large() {
+	cat /tmp/memory && tr -c '0-9\n' ' ' </tmp/memory | { read -r pages large && [ $((large * 1024)) -gt "$pages" ]; }
+}
 ktap_test_result "module_loads" modprobe hv_core
+watch_memory &
+watcher=$!
 # The first stays in xAPIC mode, the other changes to x2APIC mode.
 child_arguments=nox2apic
 boot=0
@@ -29,6 +42,9 @@ while [ "$boot" -lt "$child_boots" ]; do
 	ktap_test_result "child_${boot}_with_${vps}_vps_computes" sums $vps
 	child_arguments=
 done
+touch /tmp/watched
+wait "$watcher"
+ktap_test_result "memory_of_children_is_large" memory_was_large
 case $HV_BED in
 svm) ktap_test_result "panic_ends_in_a_reset" panic_ends_in_a_reset ;;
 *) ktap_test_skip "panic_ends_in_a_reset" "the same on VT-x, where it takes minutes" ;;

@@ -18,6 +18,9 @@ use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
 };
 
+/// Bytes of a large second-level mapping.
+const LARGE_PAGE: u64 = 2 * layout::MIB;
+
 /// Times that creation is repeated when a signal interrupts it.
 const CREATE_TRIES: usize = 16;
 
@@ -27,9 +30,16 @@ pub fn guest_memory(memory: u64) -> Result<GuestMemoryMmap> {
         mib: memory / layout::MIB,
         why,
     };
+    // The kernel lets mappings begin at 2 MiB whose size is a multiple of that: the rest of an odd size is one by itself.
     let ranges: Vec<_> = layout::ram(memory)
         .iter()
-        .map(|r| (GuestAddress(r.start), r.size as usize))
+        .flat_map(|r| {
+            let rest = r.size % LARGE_PAGE;
+            let whole = r.size - rest;
+            [(r.start, whole), (r.start + whole, rest)]
+        })
+        .filter(|(_, size)| *size != 0)
+        .map(|(start, size)| (GuestAddress(start), size as usize))
         .collect();
     let mem = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| fail(e.to_string()))?;
     for region in mem.iter() {
@@ -327,6 +337,16 @@ mod tests {
                 .unwrap(),
             0
         );
+    }
+
+    #[test]
+    fn rest_of_an_odd_size_is_a_region_by_itself() {
+        let mem = guest_memory(7 * layout::MIB + PAGE).unwrap();
+        let sizes: Vec<_> = mem.iter().map(|region| region.len()).collect();
+        assert_eq!(sizes, [6 * layout::MIB, layout::MIB + PAGE]);
+        let across = GuestAddress(6 * layout::MIB - 4);
+        mem.write_obj(0x1234_5678_9abc_def0_u64, across).unwrap();
+        assert_eq!(mem.read_obj::<u64>(across).unwrap(), 0x1234_5678_9abc_def0);
     }
 
     #[test]
