@@ -49,7 +49,7 @@ pub struct Run<'a, H: ChildHardware> {
     pub core: &'a mut VpCore,
     /// Its control structure.
     pub hardware: H,
-    /// Another VP ran on this CPU meanwhile.
+    /// This CPU may have translations of another VP, or such as do not hold any more.
     pub first: bool,
 }
 
@@ -212,13 +212,8 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::Io(access) => return self.port(access),
             ChildExit::ControlRegisterWrite { register, source } => {
                 let value = self.register(source);
-                if self
-                    .hardware
-                    .write_control_register(self.core, register, value)
-                {
-                    self.skip();
-                } else {
-                    self.general_protection();
+                if let Err(gpa) = emulate::write_control_register(self, register, value) {
+                    return self.memory_message(gpa, false, false, None);
                 }
             }
             ChildExit::TaskPriority { write, register } => self.task_priority(write, register),
@@ -385,6 +380,11 @@ impl<H: ChildHardware> Run<'_, H> {
                 return self.apply(effect);
             }
         }
+        self.memory_message(gpa, write, execute, gva)
+    }
+
+    /// Tells the root of an access to memory that is not there or does not allow it.
+    fn memory_message(&mut self, gpa: u64, write: bool, execute: bool, gva: Option<u64>) -> Next {
         self.pull();
         let bytes = emulate::instruction_bytes(self);
         let mapped = self.partition().translate(self.info, gpa, false).is_some();
@@ -470,6 +470,9 @@ impl<H: ChildHardware> Run<'_, H> {
         self.absorb_pending_interruption();
         if self.core.dirty {
             // What the VMM or an emulation left in `state`.
+            if let Err(gpa) = emulate::change_paging(self) {
+                return self.memory_message(gpa, false, false, None);
+            }
             self.hardware.load(self.core);
             self.core.dirty = false;
         }

@@ -22,7 +22,7 @@ use crate::arch::switch::{rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
 use crate::child::{exception, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
-use crate::child_msr::{self, Local};
+use crate::child_msr::{self, Local, Paging};
 use crate::cpuid_cache::Key;
 use crate::header::boot;
 use crate::partition::{new_core, Partition};
@@ -498,6 +498,69 @@ pub fn xsetbv<H: ChildHardware>(run: &mut Run<'_, H>) {
     run.skip();
 }
 
+/// Takes the page-directory pointers from guest memory, as loads of control registers do. The error is the GPA of a table that
+/// is not mapped.
+fn load_pointers<H: ChildHardware>(run: &mut Run<'_, H>) -> Result<[u64; 4], u64> {
+    let (info, cpu, partition) = (run.info, run.cpu, run.partition());
+    let state = &run.core.state;
+    translate::pointers(state, |gpa, to| read_guest(info, cpu, partition, gpa, to))
+        .ok_or(translate::pointers_gpa(state))
+}
+
+/// MOV to CR0 or CR4 that changes bits which the hypervisor owns. The error is the GPA of a table that it reads and that is not
+/// mapped: as a page walk would exit there, this does, and the instruction runs again.
+pub fn write_control_register<H: ChildHardware>(
+    run: &mut Run<'_, H>,
+    register: u8,
+    value: u64,
+) -> Result<(), u64> {
+    let state = run.pull();
+    let write = match register {
+        0 => child_msr::validate_cr0(value, state),
+        _ => child_msr::validate_cr4(value, state),
+    };
+    let Ok(write) = write else {
+        run.general_protection();
+        return Ok(());
+    };
+    if H::KEEPS_POINTERS && write.load_pdptes {
+        let pointers = load_pointers(run)?;
+        let state = &run.core.state;
+        if !pointers
+            .iter()
+            .all(|one| translate::is_pointer(state, *one))
+        {
+            run.general_protection();
+            return Ok(());
+        }
+        run.hardware.set_pointers(pointers);
+    }
+    let state = &mut run.core.state;
+    match register {
+        0 => state.cr0 = write.value,
+        _ => state.cr4 = write.value,
+    }
+    state.efer = write.efer;
+    run.first |= write.flush;
+    run.hardware.load(run.core);
+    run.core.in_hardware = true;
+    run.skip();
+    Ok(())
+}
+
+/// Before registers that were set from outside go to the control structure: translations made with others do not hold any
+/// more, and page-directory pointers have to come from memory. (The processor refuses the entry if they have reserved bits.)
+/// The error is as for [`write_control_register`].
+pub fn change_paging<H: ChildHardware>(run: &mut Run<'_, H>) -> Result<(), u64> {
+    let (old, new) = (run.hardware.paging(), Paging::of(&run.core.state));
+    run.first |= new != old;
+    if H::KEEPS_POINTERS && new.loads_pointers(&old) {
+        let pointers = load_pointers(run)?;
+        run.hardware.set_pointers(pointers);
+    }
+    Ok(())
+}
+
 /// Whether the VMM changed something in the register page at `page`.
 pub fn is_dirty(page: u64) -> bool {
     shared_read::<u32>(page + core::mem::offset_of!(RegisterPage, dirty) as u64) != 0
@@ -607,6 +670,8 @@ impl<'a> View<'a> {
         partition.changes.fetch_add(1, Ordering::Release);
         self.core.state.features =
             Features::of(&host, self.partition, overrides(self.core.overrides));
+        // VT-x: which bits of CR4 it may change.
+        self.core.dirty = true;
     }
 
     /// HvCallRegisterInterceptResult for CPUID.

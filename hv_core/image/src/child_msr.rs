@@ -18,6 +18,7 @@
 
 use hv_abi::boot::Vendor;
 use hv_x86::regs::{cr0, cr4, efer, msr};
+use hv_x86::state::Segment;
 
 use crate::apic::{
     ApicFault, LocalApic, TimerClock, WriteEffect, X2APIC_MSR_FIRST, X2APIC_MSR_LAST,
@@ -613,11 +614,47 @@ pub struct ControlWrite {
     pub flush: bool,
 }
 
-fn pae_paging(cr0_value: u64, cr4_value: u64, efer_value: u64) -> bool {
-    cr0_value & cr0::PG != 0 && cr4_value & cr4::PAE != 0 && efer_value & efer::LMA == 0
+/// The registers that say how linear addresses are translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // The names are the registers'.
+pub struct Paging {
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
 }
 
-/// MOV to CR0 (SDM 2.5, 5.1.2, 11.8.5).
+impl Paging {
+    /// Those of a VP.
+    #[must_use]
+    pub const fn of(vp: &VpState) -> Self {
+        Self {
+            cr0: vp.cr0,
+            cr3: vp.cr3,
+            cr4: vp.cr4,
+            efer: vp.efer,
+        }
+    }
+
+    /// PAE paging: with CR0.PG and LME, long mode is active.
+    const fn is_pae(&self) -> bool {
+        self.cr0 & cr0::PG != 0 && self.cr4 & cr4::PAE != 0 && self.efer & efer::LME == 0
+    }
+
+    /// Whether the processor loads the four page-directory pointers on the way from `old` (SDM 5.4.1).
+    #[must_use]
+    pub const fn loads_pointers(&self, old: &Self) -> bool {
+        let in_cr0 = cr0::CD | cr0::NW;
+        let in_cr4 = cr4::PSE | cr4::PGE | cr4::SMEP;
+        self.is_pae()
+            && (!old.is_pae()
+                || self.cr3 != old.cr3
+                || (self.cr0 ^ old.cr0) & in_cr0 != 0
+                || (self.cr4 ^ old.cr4) & in_cr4 != 0)
+    }
+}
+
+/// MOV to CR0 (SDM 2.5, 5.1.2, 11.8.5, 18.2.3).
 ///
 /// # Errors
 ///
@@ -633,8 +670,10 @@ pub fn validate_cr0(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
     if changed & cr0::PG != 0 {
         if has(cr0::PG) {
             if vp.efer & efer::LME != 0 {
-                let code = vp.segments.get(segment::CS).map_or(0, |code| code.rights);
-                check(vp.cr4 & cr4::PAE != 0 && code & (1 << 13) == 0)?;
+                let rights = |index| vp.segments.get(index).map_or(0, |s: &Segment| s.rights);
+                check(vp.cr4 & cr4::PAE != 0 && rights(segment::CS) & (1 << 13) == 0)?;
+                // Long mode has no use for a TSS of 16 bits.
+                check(!matches!(rights(segment::TR) & 0xf, 1 | 3))?;
                 new_efer |= efer::LMA;
             }
         } else {
@@ -642,12 +681,14 @@ pub fn validate_cr0(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
             new_efer &= !efer::LMA;
         }
     }
-    let paging = cr0::PG | cr0::CD | cr0::NW;
+    // Shadow stacks need write protection.
+    check(has(cr0::WP) || vp.cr4 & cr4::CET == 0)?;
+    let old = Paging::of(vp);
     Ok(ControlWrite {
         // Reserved bits read as they were at reset, zero.
         value: value & CR0_BITS,
         efer: new_efer,
-        load_pdptes: pae_paging(value, vp.cr4, new_efer) && changed & paging != 0,
+        load_pdptes: Paging { cr0: value, ..old }.loads_pointers(&old),
         flush: changed & (cr0::PG | cr0::PE | cr0::WP) != 0,
     })
 }
@@ -668,12 +709,12 @@ pub fn validate_cr3(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
     Ok(ControlWrite {
         value: if long { value } else { value & 0xffff_ffff },
         efer: vp.efer,
-        load_pdptes: pae_paging(vp.cr0, vp.cr4, vp.efer),
+        load_pdptes: Paging::of(vp).is_pae(),
         flush: !keep,
     })
 }
 
-/// MOV to CR4 (SDM 2.5, 5.10.1).
+/// MOV to CR4 (SDM 2.5, 5.10.1, 18.2.3).
 ///
 /// # Errors
 ///
@@ -687,12 +728,14 @@ pub fn validate_cr4(value: u64, vp: &VpState) -> Outcome<ControlWrite> {
     if changed & value & cr4::PCIDE != 0 {
         check(vp.efer & efer::LMA != 0 && vp.cr3 & PAGE == 0)?;
     }
-    let paging = cr4::PAE | cr4::PGE | cr4::SMEP | (1 << 4);
+    check(value & cr4::CET == 0 || vp.cr0 & cr0::WP != 0)?;
+    let old = Paging::of(vp);
+    let paging = cr4::PAE | cr4::PGE | cr4::PSE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE;
     Ok(ControlWrite {
         value,
         efer: vp.efer,
-        load_pdptes: pae_paging(vp.cr0, value, vp.efer) && changed & paging != 0,
-        flush: changed & (paging | cr4::PCIDE | cr4::SMAP | cr4::PKE) != 0,
+        load_pdptes: Paging { cr4: value, ..old }.loads_pointers(&old),
+        flush: changed & paging != 0,
     })
 }
 
@@ -1389,6 +1432,30 @@ mod tests {
     }
 
     #[test]
+    fn long_mode_refuses_a_16_bit_tss() {
+        let mut vp = Machine::new().vp;
+        vp.efer = efer::LME;
+        vp.cr4 = cr4::PAE;
+        for (rights, good) in [(0x81, false), (0x83, false), (0x89, true), (0x8b, true)] {
+            vp.segments[segment::TR].rights = rights;
+            let write = validate_cr0(cr0::PG | cr0::PE, &vp);
+            assert_eq!(write.is_ok(), good, "{rights:#x}");
+        }
+    }
+
+    #[test]
+    fn shadow_stacks_and_write_protection_go_together() {
+        let mut vp = Machine::new().vp;
+        vp.features.cr4 |= cr4::CET;
+        assert_eq!(validate_cr4(cr4::CET, &vp), Err(GeneralProtection));
+        vp.cr0 |= cr0::WP;
+        assert!(validate_cr4(cr4::CET, &vp).is_ok());
+        vp.cr4 = cr4::CET;
+        assert_eq!(validate_cr0(cr0::PE, &vp), Err(GeneralProtection));
+        assert!(validate_cr0(cr0::PE | cr0::WP, &vp).is_ok());
+    }
+
+    #[test]
     fn pae_paging_loads_the_pointers() {
         let mut vp = Machine::new().vp;
         vp.cr4 = cr4::PAE;
@@ -1398,6 +1465,57 @@ mod tests {
         assert!(validate_cr3(0x1000, &vp).unwrap().load_pdptes);
         assert!(validate_cr4(cr4::PAE | cr4::PGE, &vp).unwrap().load_pdptes);
         assert!(!validate_cr4(cr4::PAE | (1 << 9), &vp).unwrap().load_pdptes);
+        assert!(validate_cr0(vp.cr0 | cr0::CD, &vp).unwrap().load_pdptes);
+        vp.efer = efer::LME | efer::LMA;
+        assert!(!validate_cr4(cr4::PAE | cr4::PGE, &vp).unwrap().load_pdptes);
+    }
+
+    #[test]
+    fn registers_set_from_outside_load_the_pointers_only_if_they_matter() {
+        let old = Paging {
+            cr0: cr0::PG | cr0::PE,
+            cr3: 0x1000,
+            cr4: cr4::PAE,
+            efer: 0,
+        };
+        for new in [
+            old,
+            Paging {
+                cr0: old.cr0 | cr0::WP,
+                ..old
+            },
+            Paging {
+                cr0: cr0::PE,
+                cr3: 0x2000,
+                ..old
+            },
+            Paging {
+                cr4: cr4::PSE,
+                cr3: 0x2000,
+                ..old
+            },
+            Paging {
+                efer: efer::LME | efer::LMA,
+                cr3: 0x2000,
+                ..old
+            },
+        ] {
+            assert!(!new.loads_pointers(&old), "{new:x?}");
+        }
+        for from in [
+            Paging { cr3: 0x2000, ..old },
+            Paging {
+                cr0: cr0::PE,
+                ..old
+            },
+            Paging { cr4: 0, ..old },
+            Paging {
+                efer: efer::LME | efer::LMA,
+                ..old
+            },
+        ] {
+            assert!(old.loads_pointers(&from), "{from:x?}");
+        }
     }
 
     #[test]

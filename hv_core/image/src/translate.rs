@@ -61,7 +61,6 @@ mod entry {
     pub const NO_EXECUTE: u64 = 1 << 63;
 }
 
-const CR4_PSE: u64 = 1 << 4;
 const RFLAGS_AC: u64 = 1 << 18;
 const PAGE: u64 = 0xfff;
 
@@ -139,18 +138,45 @@ pub fn translate(
         walk(vp, address, vp.cr3 & FRAME, levels, rights, u64::MAX, read)
     } else if vp.cr4 & cr4::PAE != 0 {
         // The page-directory pointers have neither rights nor NX (SDM table 5-8).
-        let at = (vp.cr3 & 0xffff_ffe0) | (((address >> 30) & 3) << 3);
+        let at = pointers_gpa(vp) | (((address >> 30) & 3) << 3);
         let pointer = quad(at, read)?;
         if pointer & entry::PRESENT == 0 {
             return Err(Failure::PageNotPresent);
         }
-        if pointer & (0x1e6 | reserved_high(vp) | entry::NO_EXECUTE) != 0 {
+        if !is_pointer(vp, pointer) {
             return Err(Failure::InvalidPageTableFlags);
         }
         walk(vp, address, pointer & FRAME, 2, rights, u64::MAX, read)
     } else {
         walk_32(vp, address, rights, read)
     }
+}
+
+/// GPA of the four page-directory pointers of PAE paging (SDM table 5-7).
+#[must_use]
+pub const fn pointers_gpa(vp: &VpState) -> u64 {
+    vp.cr3 & 0xffff_ffe0
+}
+
+/// Whether PAE paging takes the pointer: reserved bits count only in one that is present (SDM 5.4.1).
+#[must_use]
+pub fn is_pointer(vp: &VpState, pointer: u64) -> bool {
+    let above = u64::MAX.checked_shl(vp.features.physical_bits.into());
+    pointer & entry::PRESENT == 0 || pointer & (0x1e6 | above.unwrap_or(0)) == 0
+}
+
+/// Copies the four pointers at once, as the processor loads them. `None` if they are not in memory.
+pub fn pointers(
+    vp: &VpState,
+    mut read: impl FnMut(u64, &mut [u8]) -> Option<()>,
+) -> Option<[u64; 4]> {
+    let mut bytes = [0; 32];
+    read(pointers_gpa(vp), &mut bytes)?;
+    let mut all = [0; 4];
+    for (pointer, bytes) in all.iter_mut().zip(bytes.chunks_exact(8)) {
+        *pointer = u64::from_le_bytes(bytes.try_into().ok()?);
+    }
+    Some(all)
 }
 
 /// Bits 51:12 of an entry.
@@ -236,7 +262,7 @@ fn walk_32(
         Ok(value)
     };
     let directory = word((vp.cr3 & 0xffff_f000) | ((address >> 22) << 2))?;
-    if directory & entry::LARGE != 0 && vp.cr4 & CR4_PSE != 0 {
+    if directory & entry::LARGE != 0 && vp.cr4 & cr4::PSE != 0 {
         // Bits 20:13 are bits 39:32 of the frame (PSE-36); bit 21 is reserved.
         if directory & (1 << 21) != 0 {
             return Err(Failure::InvalidPageTableFlags);
@@ -424,6 +450,27 @@ mod tests {
             walk_it(&vp, &memory, 1 << 56, READ),
             Err(Failure::PageNotPresent)
         );
+    }
+
+    #[test]
+    fn pointers_are_copied_and_checked() {
+        let mut vp = vp(0x8000_0011, 0x20, 0);
+        vp.cr3 = 0xffff_ffff_0000_103f;
+        let mut memory = Memory::default();
+        for (index, pointer) in (0_u64..).zip([0x5001, 0, 0x7001]) {
+            memory.put(0x1020 + 8 * index, pointer);
+        }
+        let read = |memory: &Memory, vp: &VpState| pointers(vp, |at, to| memory.read(at, to));
+        assert_eq!(read(&memory, &vp), None);
+        memory.put(0x1038, 0x8001);
+        assert_eq!(read(&memory, &vp), Some([0x5001, 0, 0x7001, 0x8001]));
+        assert_eq!(pointers_gpa(&vp), 0x1020);
+        for bit in (1..9).chain(40..64) {
+            let reserved = !matches!(bit, 3 | 4);
+            assert_eq!(is_pointer(&vp, 1 << bit | 0x5001), !reserved, "{bit}");
+            assert!(is_pointer(&vp, 1 << bit), "{bit} not present");
+        }
+        assert!(is_pointer(&vp, 1 << 39 | 0xe19));
     }
 
     #[test]

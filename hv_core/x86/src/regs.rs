@@ -21,6 +21,8 @@ pub mod cr0 {
 
 /// CR4 bits (SDM 2.5).
 pub mod cr4 {
+    /// Page-size extension.
+    pub const PSE: u64 = 1 << 4;
     /// Physical-address extension.
     pub const PAE: u64 = 1 << 5;
     /// Machine-check enable.

@@ -11,6 +11,8 @@ use hv_abi::stats::ExitKind;
 use hv_abi::status::HvStatus;
 
 #[cfg(target_os = "none")]
+use crate::child_msr::Paging;
+#[cfg(target_os = "none")]
 use crate::vp::VpCore;
 
 #[cfg(target_os = "none")]
@@ -284,6 +286,9 @@ pub enum QuickExit {
 /// The control structure of a child's VP.
 #[cfg(target_os = "none")]
 pub trait ChildHardware {
+    /// PAE paging uses page-directory pointers that the structure keeps (SDM 27.3.2.4), not those in memory (APM 15.25.10).
+    const KEEPS_POINTERS: bool;
+
     /// Whether an exit cut no delivery of an event short, no trap is due after the instruction (RFLAGS.TF), and the guest
     /// changed nothing that only [`Self::after_exit`] takes in.
     fn is_undisturbed(&self, core: &VpCore) -> bool;
@@ -351,6 +356,10 @@ pub trait ChildHardware {
     fn forward_nmi(&mut self, cpu: u32) {
         let _ = cpu;
     }
-    /// Writes CR0 or CR4 as the guest asked; false for #GP.
-    fn write_control_register(&mut self, core: &mut VpCore, register: u8, value: u64) -> bool;
+    /// What decides about paging, as the control structure has it.
+    fn paging(&self) -> Paging;
+    /// Takes the page-directory pointers, if [`Self::KEEPS_POINTERS`].
+    fn set_pointers(&mut self, pointers: [u64; 4]) {
+        let _ = pointers;
+    }
 }

@@ -4,7 +4,7 @@
 use std::arch::asm;
 
 use mshv_bindings::*;
-use mshv_smoke::machine::Machine;
+use mshv_smoke::machine::{table, Machine};
 
 use super::{interrupted_run, Outcome};
 
@@ -131,17 +131,6 @@ fn long_mode(main: &[u8], code: &[u8], vector: usize, user: bool) -> Made {
                 limit,
                 selector,
                 __bindgen_anon_1: hv_x64_segment_register__bindgen_ty_1 { attributes },
-            },
-        },
-        ..Default::default()
-    };
-    let table = |name, base, limit| hv_register_assoc {
-        name,
-        value: hv_register_value {
-            table: hv_x64_table_register {
-                pad: [0; 3],
-                limit,
-                base,
             },
         },
         ..Default::default()

@@ -273,6 +273,21 @@ pub fn set(vcpu: &VcpuFd, registers: &[(u32, u64)]) -> Result<()> {
     Ok(vcpu.set_reg(&registers)?)
 }
 
+/// A descriptor-table register to set.
+pub fn table(name: u32, base: u64, limit: u16) -> hv_register_assoc {
+    hv_register_assoc {
+        name,
+        value: hv_register_value {
+            table: hv_x64_table_register {
+                pad: [0; 3],
+                limit,
+                base,
+            },
+        },
+        ..Default::default()
+    }
+}
+
 /// Runs a VP until there is a message.
 fn next_message_of(vcpu: &VcpuFd) -> Result<hv_message> {
     let start = Instant::now();

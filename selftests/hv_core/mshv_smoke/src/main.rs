@@ -95,6 +95,10 @@ const CHECKS: &[Check] = &[
         "nmis_stay_blocked_until_iret_is_done",
         nmi::nmis_stay_blocked_until_iret_is_done,
     ),
+    (
+        "guest_pages_with_pointers",
+        paging::guest_pages_with_pointers,
+    ),
     ("interrupt_wakes_a_halted_vp", interrupt_wakes_a_halted_vp),
     ("event_asserts_an_interrupt", event_asserts_an_interrupt),
     ("vp_starts_another_vp", || {
@@ -174,6 +178,7 @@ mod exceptions;
 mod large;
 mod memory;
 mod nmi;
+mod paging;
 mod vps;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {

@@ -9,6 +9,7 @@ use hv_x86::vmcb::{exit, intercept, Vmcb, VmcbSegment};
 use super::{vmload, vmsave};
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child::exception;
+use crate::child_msr::Paging;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, RSP};
 
@@ -115,6 +116,8 @@ impl SvmChild<'_> {
 }
 
 impl ChildHardware for SvmChild<'_> {
+    const KEEPS_POINTERS: bool = false;
+
     #[inline(always)]
     fn is_undisturbed(&self, core: &VpCore) -> bool {
         let v = &*self.vmcb;
@@ -501,7 +504,13 @@ impl ChildHardware for SvmChild<'_> {
         }
     }
 
-    fn write_control_register(&mut self, _: &mut VpCore, _: u8, _: u64) -> bool {
-        true
+    fn paging(&self) -> Paging {
+        let v = &*self.vmcb;
+        Paging {
+            cr0: v.cr0,
+            cr3: v.cr3,
+            cr4: v.cr4,
+            efer: v.efer & !efer::SVME,
+        }
     }
 }

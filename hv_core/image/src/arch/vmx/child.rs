@@ -16,13 +16,14 @@ use crate::arch::memory::direct;
 use crate::arch::switch::{dr6, set_dr6};
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child::exception;
+use crate::child_msr::Paging;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, VpState, RSP};
 
 /// CR0 bits that the image owns: NE must be set in VMX operation, CD and NW would reach the machine's caches.
 const CR0_OWNED: u64 = cr0::NE | cr0::CD | cr0::NW;
-/// CR4 bits that a child may change freely. The rest is owned: VMXE must be set, MCE stays on for the root's
-/// sake, and what CPUID hides from children is reserved.
+/// CR4 bits that a child may change freely if its CPUID has them. The rest is owned: VMXE must be set, MCE stays on for
+/// the root's sake, a change of LA57 needs checks, and what CPUID hides from children is reserved.
 const CR4_FREE: u64 = 0x7bf & !cr4::MCE
     | 1 << 11
     | 1 << 16
@@ -32,7 +33,7 @@ const CR4_FREE: u64 = 0x7bf & !cr4::MCE
     | cr4::SMAP
     | cr4::PKE;
 /// All CR4 bits that a child may set.
-const CR4_ALLOWED: u64 = CR4_FREE | cr4::MCE;
+const CR4_ALLOWED: u64 = CR4_FREE | cr4::MCE | cr4::LA57;
 /// Interruptibility: STI, MOV SS, NMI.
 const BLOCKING_STI: u64 = 1;
 const BLOCKING_MOVSS: u64 = 2;
@@ -218,7 +219,6 @@ impl VmxChild {
         write(field::MSR_BITMAP, self.info.child_msr_map);
         write(field::LINK_POINTER, u64::MAX);
         write(field::CR0_MASK, CR0_OWNED);
-        write(field::CR4_MASK, !CR4_FREE);
         write(field::EXCEPTION_BITMAP, exception::INTERCEPTED.into());
         for zero in [
             field::PAGE_FAULT_MASK,
@@ -327,6 +327,17 @@ fn set_cr0(value: u64) {
     write(field::GUEST_CR0, value & !(cr0::CD | cr0::NW) | cr0::NE);
 }
 
+#[inline(always)]
+fn get_cr0() -> u64 {
+    read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED
+}
+
+/// CR4 as the guest sees it. Bits that are owned only because its CPUID lacks them are the same in both fields.
+#[inline(always)]
+fn get_cr4() -> u64 {
+    read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE
+}
+
 fn set_cr4(value: u64) {
     write(field::CR4_SHADOW, value);
     write(field::GUEST_CR4, value & CR4_ALLOWED | cr4::VMXE | cr4::MCE);
@@ -408,6 +419,8 @@ fn io_access(q: u64) -> IoAccess {
 }
 
 impl ChildHardware for VmxChild {
+    const KEEPS_POINTERS: bool = true;
+
     #[inline(always)]
     fn is_undisturbed(&self, _: &VpCore) -> bool {
         read(field::VECTORING_INFORMATION) as u32 & VALID == 0
@@ -446,6 +459,7 @@ impl ChildHardware for VmxChild {
         let s = &core.state;
         set_cr0(s.cr0);
         set_cr4(s.cr4);
+        write(field::CR4_MASK, !(CR4_FREE & s.features.cr4));
         set_efer(s.efer, s.cr0);
         write(field::GUEST_CR3, s.cr3);
         write(field::GUEST_PAT, s.pat);
@@ -479,8 +493,8 @@ impl ChildHardware for VmxChild {
         s.context.gprs[RSP] = read(field::GUEST_RSP);
         s.rip = read(field::GUEST_RIP);
         s.rflags = read(field::GUEST_RFLAGS);
-        s.cr0 = read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED;
-        s.cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
+        s.cr0 = get_cr0();
+        s.cr4 = get_cr4();
         s.cr3 = read(field::GUEST_CR3);
         s.efer = read(field::GUEST_EFER);
         s.pat = read(field::GUEST_PAT);
@@ -504,8 +518,8 @@ impl ChildHardware for VmxChild {
     #[inline(always)]
     fn peek(&mut self, core: &mut VpCore) {
         let s = &mut core.state;
-        s.cr0 = read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED;
-        s.cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
+        s.cr0 = get_cr0();
+        s.cr4 = get_cr4();
         s.efer = read(field::GUEST_EFER);
         s.rip = read(field::GUEST_RIP);
         s.segments[segment::CS].rights = read(field::GUEST_CS_RIGHTS) as u32;
@@ -641,11 +655,10 @@ impl ChildHardware for VmxChild {
 
     #[inline(always)]
     fn cr4_and_long(&self) -> (u64, bool) {
-        let cr4 = read(field::GUEST_CR4) & CR4_FREE | read(field::CR4_SHADOW) & !CR4_FREE;
         // The entry control follows EFER.LMA; bit 13 of the rights is L.
         let long =
             read(field::GUEST_EFER) & efer::LMA != 0 && read(field::GUEST_CS_RIGHTS) & 1 << 13 != 0;
-        (cr4, long)
+        (get_cr4(), long)
     }
 
     #[inline(always)]
@@ -738,26 +751,19 @@ impl ChildHardware for VmxChild {
         }
     }
 
-    fn write_control_register(&mut self, _: &mut VpCore, register: u8, value: u64) -> bool {
-        if register == 0 {
-            if value >> 32 != 0
-                || value & (cr0::PG | cr0::PE) == cr0::PG
-                || value & (cr0::NW | cr0::CD) == cr0::NW
-            {
-                return false;
-            }
-            set_cr0(value);
-            let current = read(field::GUEST_EFER);
-            set_efer(current, value);
-        } else {
-            if value & !CR4_ALLOWED != 0 {
-                return false;
-            }
-            set_cr4(value);
-            // A change of paging bits drops translations (SDM 5.10.4.1).
-            invvpid(read(field::VPID));
+    fn paging(&self) -> Paging {
+        Paging {
+            cr0: get_cr0(),
+            cr3: read(field::GUEST_CR3),
+            cr4: get_cr4(),
+            efer: read(field::GUEST_EFER),
         }
-        true
+    }
+
+    fn set_pointers(&mut self, pointers: [u64; 4]) {
+        for (number, pointer) in (field::GUEST_PDPTE0..).step_by(2).zip(pointers) {
+            write(number, pointer);
+        }
     }
 
     fn forward_nmi(&mut self, area_cpu: u32) {
