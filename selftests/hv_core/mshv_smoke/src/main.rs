@@ -21,6 +21,10 @@ const CHECKS: &[Check] = &[
         "guest_runs_code_and_writes_ports",
         guest_runs_code_and_writes_ports,
     ),
+    (
+        "system_call_registers_survive_a_run",
+        system_call_registers_survive_a_run,
+    ),
     ("wrong_arguments_are_refused", wrong_arguments_are_refused),
     ("wrong_memory_is_refused", wrong_memory_is_refused),
     (
@@ -202,6 +206,37 @@ fn guest_runs_code_and_writes_ports() -> Outcome {
             (port, value) == (0x3f8, u64::from(expected)),
             "port {port:#x} value {value:#x}"
         );
+    }
+    Ok(())
+}
+
+/// Those that are loaded by hand, with values that the root does not have.
+fn system_call_registers_survive_a_run() -> Outcome {
+    let machine = Machine::new(&[0xe6, 0x10])?; // out %al, $0x10
+    let values = [
+        (hv_register_name_HV_X64_REGISTER_STAR, 0x1234_5678_9abc_def0),
+        (
+            hv_register_name_HV_X64_REGISTER_LSTAR,
+            0xffff_8765_4321_0000,
+        ),
+        (hv_register_name_HV_X64_REGISTER_CSTAR, 0x7654_3210_1000),
+        (hv_register_name_HV_X64_REGISTER_SFMASK, 0x8765_4321),
+        (
+            hv_register_name_HV_X64_REGISTER_KERNEL_GS_BASE,
+            0xffff_9999_0000_1111,
+        ),
+    ];
+    machine.set(&values)?;
+    machine.next_port_write()?;
+    for (name, value) in values {
+        let mut register = [hv_register_assoc {
+            name,
+            ..Default::default()
+        }];
+        machine.vcpu.get_reg(&mut register)?;
+        // SAFETY: the register has 64 bits.
+        let seen = unsafe { register[0].value.reg64 };
+        ensure!(seen == value, "register {name:#x}: {seen:#x}");
     }
     Ok(())
 }

@@ -257,20 +257,10 @@ pub fn msrs_to_child(root: &mut [u64; 8], core: &mut VpCore) {
     {
         *slot = rdmsr(number);
         if *slot != *value {
-            // SAFETY: the VMM's or the guest's value; a value that is not canonical would fault, so such ones were
-            // refused or made canonical when they were set.
-            unsafe { wrmsr(number, canonical(*value)) };
+            // SAFETY: the VMM's or the guest's value; what would fault (an address that is not canonical, the upper half of
+            // SFMASK) was refused when it was set.
+            unsafe { wrmsr(number, *value) };
         }
-    }
-}
-
-/// Sign-extends bit 47: what the processor accepts for an address on every model.
-fn canonical(value: u64) -> u64 {
-    let extended = ((value << 16) as i64 >> 16) as u64;
-    if value >> 47 == 0 || value >> 47 == 0x1_ffff {
-        value
-    } else {
-        extended
     }
 }
 
