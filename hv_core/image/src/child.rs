@@ -239,9 +239,12 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::TripleFault => {
                 self.core.shut_down = true;
             }
-            ChildExit::InvalidState(reason) => {
+            ChildExit::InvalidState {
+                reason,
+                qualification,
+            } => {
                 self.log(format_args!(
-                    "the processor refuses its registers, reason {reason:#x}"
+                    "the processor refuses its registers, reason {reason:#x} qualification {qualification:#x}"
                 ));
                 return self.message(|run| messages::invalid_vp_register(run.vp.index));
             }

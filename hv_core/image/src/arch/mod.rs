@@ -266,8 +266,13 @@ pub enum ChildExit {
     MachineCheck,
     /// Triple fault.
     TripleFault,
-    /// The processor refused the registers, with the vendor's code.
-    InvalidState(u64),
+    /// The processor refused the registers.
+    InvalidState {
+        /// The vendor's code.
+        reason: u64,
+        /// What else it says: the exit qualification (SDM 27.8), or EXITINFO1.
+        qualification: u64,
+    },
     /// Nothing known, with the vendor's code.
     Unknown(u64),
 }

@@ -349,7 +349,10 @@ impl ChildHardware for SvmChild<'_> {
             MACHINE_CHECK => ChildExit::MachineCheck,
             exit::SHUTDOWN => ChildExit::TripleFault,
             exit::INVLPGA | exit::VMRUN | 0x82..=exit::SKINIT | 0x8a..=0x8c => ChildExit::Undefined,
-            exit::INVALID => ChildExit::InvalidState(v.exit_code),
+            exit::INVALID => ChildExit::InvalidState {
+                reason: v.exit_code,
+                qualification: v.exit_info_1,
+            },
             _ => ChildExit::Unknown(v.exit_code),
         }
     }

@@ -542,7 +542,10 @@ impl ChildHardware for VmxChild {
             return if full & 0xffff == reason::ENTRY_FAILURE_MACHINE_CHECK {
                 ChildExit::MachineCheck
             } else {
-                ChildExit::InvalidState(full.into())
+                ChildExit::InvalidState {
+                    reason: full.into(),
+                    qualification: read(field::EXIT_QUALIFICATION),
+                }
             };
         }
         match full & 0xffff {
