@@ -89,6 +89,22 @@ void hv_sys_machine_check(void)
 #endif
 }
 
+/* In the order of the bits of abi/src/mitigation.rs. */
+u32 hv_sys_mitigations(void);
+u32 hv_sys_mitigations(void)
+{
+	return boot_cpu_has(X86_FEATURE_MSR_SPEC_CTRL) << 0 |
+	       boot_cpu_has(X86_FEATURE_KERNEL_IBRS) << 1 |
+	       boot_cpu_has(X86_FEATURE_IBPB) << 2 |
+	       boot_cpu_has_bug(X86_BUG_SPECTRE_V2) << 3 |
+	       (boot_cpu_has(X86_FEATURE_IBPB_ON_VMEXIT) || boot_cpu_has(X86_FEATURE_IBPB_EXIT_TO_USER)) << 4 |
+	       boot_cpu_has(X86_FEATURE_CLEAR_CPU_BUF_VM) << 5 |
+	       (boot_cpu_has(X86_FEATURE_RSB_VMEXIT) || boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE)) << 6 |
+	       boot_cpu_has_bug(X86_BUG_L1TF) << 7 |
+	       boot_cpu_has(X86_FEATURE_FLUSH_L1D) << 8 |
+	       cpu_mitigations_off() << 9;
+}
+
 u32 hv_sys_physical_bits(void);
 u32 hv_sys_physical_bits(void)
 {

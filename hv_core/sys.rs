@@ -6,6 +6,8 @@ use core::ptr::NonNull;
 
 use kernel::prelude::*;
 
+use crate::abi::mitigation;
+
 mod ffi {
     use super::*;
 
@@ -17,6 +19,7 @@ mod ffi {
         pub(super) fn hv_sys_physical_bits() -> u32;
         pub(super) fn hv_sys_tsc_khz() -> u32;
         pub(super) fn hv_sys_user_cr3_bits() -> u64;
+        pub(super) fn hv_sys_mitigations() -> u32;
         pub(super) fn hv_sys_cpu_count() -> c_uint;
         pub(super) fn hv_sys_cpu_possible(cpu: c_uint) -> bool;
         pub(super) fn hv_sys_cpu_online(cpu: c_uint) -> bool;
@@ -196,6 +199,19 @@ pub(crate) fn direct_map() -> u64 {
 pub(crate) fn user_cr3_bits() -> u64 {
     // SAFETY: no precondition.
     unsafe { ffi::hv_sys_user_cr3_bits() }
+}
+
+/// What Linux found and chose about speculation: bits of [`mitigation::host`].
+pub(crate) fn mitigations() -> u32 {
+    /// IA32_ARCH_CAPABILITIES, and its bit that a hypervisor flushes the L1 data cache.
+    const ARCH_CAPABILITIES: u32 = 0x10a;
+    const SKIP_FLUSH: u64 = 1 << 3;
+    let below = match rdmsr(ARCH_CAPABILITIES) {
+        Some(value) if value & SKIP_FLUSH != 0 => mitigation::host::FLUSHED_BELOW,
+        _ => 0,
+    };
+    // SAFETY: no precondition.
+    below | unsafe { ffi::hv_sys_mitigations() }
 }
 
 /// Physical address bits that Linux uses.

@@ -15,6 +15,7 @@ use crate::abi::layout::{
     PAGE_SIZE, SHARED_BASE, WINDOW_COUNT,
 };
 use crate::abi::log::{LogRing, LOG_PAGES};
+use crate::abi::mitigation;
 use crate::abi::stats::StatsPage;
 use crate::launch::cpu::stack_top;
 use crate::launch::preflight::Facts;
@@ -330,6 +331,7 @@ impl Loaded {
                 root_xcr0: crate::launch::cpu::read_xcr0(),
                 xsaves: facts.instructions().xsaves.into(),
                 user_cr3_bits: sys::user_cr3_bits(),
+                mitigations: mitigation::decide(sys::mitigations()),
             },
             image,
             pool,
@@ -410,6 +412,11 @@ impl Loaded {
     /// The block of a CPU.
     pub(crate) fn block(&self, cpu: u32) -> Option<&CpuBlock> {
         self.blocks.iter().find(|block| block.cpu == cpu)
+    }
+
+    /// What the world switch does against speculation: [`mitigation::action`].
+    pub(crate) fn mitigations(&self) -> u32 {
+        self.boot.mitigations
     }
 
     /// Bytes: image, one CPU block, pool.

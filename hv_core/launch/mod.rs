@@ -13,6 +13,7 @@ use kernel::seq_print;
 
 use crate::abi::boot::Vendor;
 use crate::abi::hypercall::private;
+use crate::abi::mitigation::NAMES;
 use crate::abi::stats::{EXIT_KINDS, EXIT_NAMES};
 use crate::sys::{self, CpusLocked, IrqsOff};
 use load::Loaded;
@@ -226,7 +227,15 @@ impl Hypervisor {
             "\"memory\":{{\"image_bytes\":{},\"per_cpu_bytes\":{},\"pool_bytes\":{},\"pool_used_bytes\":{}}},",
             image, block, pool, self.image.pool_used() * 4096
         );
-        seq_print!(seq, "\"caps\":[");
+        seq_print!(seq, "\"mitigations\":[");
+        let chosen = NAMES
+            .iter()
+            .filter(|(bit, _)| self.image.mitigations() & bit != 0);
+        for (index, (_, name)) in chosen.enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            seq_print!(seq, "{}\"{}\"", comma, name);
+        }
+        seq_print!(seq, "],\"caps\":[");
         for (index, row) in self.preflight.rows.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
             seq_print!(

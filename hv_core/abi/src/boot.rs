@@ -110,6 +110,8 @@ pub struct BootInfo {
     pub xsaves: u64,
     /// Bits of CR3 that tell the page table of a user program from the kernel's (page-table isolation), or 0.
     pub user_cr3_bits: u64,
+    /// What the world switch does against speculation: see [`mitigation::action`](super::mitigation::action).
+    pub mitigations: u32,
 }
 
 /// Registers of a virtual processor that hardware does not switch, in the order of their numbers.
@@ -257,6 +259,8 @@ pub struct CpuArea {
     pub vmx_processor_controls: u64,
     /// Address of the VP that ran last on this CPU: another one finds foreign translations under the children's ASID.
     pub last_child: u64,
+    /// Its partition.
+    pub last_partition: u64,
     /// What leaving restores.
     pub leave: LeaveFrame,
 }

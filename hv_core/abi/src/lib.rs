@@ -14,6 +14,7 @@ pub mod boot;
 pub mod hypercall;
 pub mod layout;
 pub mod log;
+pub mod mitigation;
 pub mod partition;
 pub mod stats;
 pub mod status;

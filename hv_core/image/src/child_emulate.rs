@@ -5,6 +5,7 @@ use core::sync::atomic::Ordering;
 
 use hv_abi::boot::{BootInfo, Vendor};
 use hv_abi::hypercall::{result, Control};
+use hv_abi::mitigation::action;
 use hv_abi::partition::{creation, CreatePartition, RegisterInterceptResult};
 use hv_abi::status::HvStatus;
 use hv_x86::access::{decode, Mode as CodeMode};
@@ -18,7 +19,7 @@ use crate::arch::memory::{read_physical, write_physical, Window};
 use crate::arch::object::{
     overrides, overrides_mut, page_bytes, scratch, shared_read, shared_write,
 };
-use crate::arch::switch::{rdtsc, CHILD_XCR0};
+use crate::arch::switch::{self, rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
 use crate::child::{exception, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
@@ -50,23 +51,26 @@ fn component(bit: u32) -> Component {
     }
 }
 
-/// CPUID of the machine, without what the back ends do not switch or enable for children: the speculation-control
-/// MSR, and on VT-x XSAVES and whatever the controls do not allow.
+/// CPUID of the machine, without what the back ends do not switch or enable for children: IA32_SPEC_CTRL where Linux does
+/// not know it, and on VT-x XSAVES and whatever the controls do not allow.
 fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
     let [a, mut b, mut c, mut d] = cpu::cpuid(leaf, subleaf);
     let mut a = a;
     let info = boot();
     let vmx = info.vendor == Vendor::Vmx;
     let without = |control: u32| vmx && !allows(control, info.vmx.secondary);
+    let fixed = info.mitigations & action::SPEC_CTRL == 0;
     match (leaf, subleaf) {
         (7, 0) => {
-            // IBRS and IBPB, STIBP, SSBD.
-            d &= !(1 << 26 | 1 << 27 | 1 << 31);
+            if fixed {
+                // IBRS and IBPB, STIBP, SSBD.
+                d &= !(1 << 26 | 1 << 27 | 1 << 31);
+            }
             if without(secondary::INVPCID) {
                 b &= !(1 << 10);
             }
         }
-        (7, 2) => d = 0,
+        (7, 2) if fixed => d = 0,
         // XSAVES needs IA32_XSS, which stays the root's.
         (0xd, 1) => {
             a &= !(1 << 3);
@@ -75,7 +79,7 @@ fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
         }
         (0x8000_0001, _) if without(secondary::RDTSCP) => d &= !(1 << 27),
         // IBRS, STIBP, SSBD, predictive store forwarding.
-        (0x8000_0008, _) => b &= !(1 << 14 | 1 << 15 | 1 << 24 | 1 << 28),
+        (0x8000_0008, _) if fixed => b &= !(1 << 14 | 1 << 15 | 1 << 24 | 1 << 28),
         _ => {}
     }
     [a, b, c, d]
@@ -394,6 +398,7 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
         Effect::ReferenceTscPage(Some(_)) | Effect::ReferenceTime => {
             write_reference_page(info, number, partition, run.core.state.tsc_offset);
         }
+        Effect::SpeculationControl => switch::set_spec_ctrl(number, run.core),
         Effect::PredictionCommand(value) => {
             // SAFETY: the model checked the value against the processor's features; it only drops predictions.
             unsafe { cpu::wrmsr(0x49, value) };

@@ -413,6 +413,7 @@ pub fn write(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
         ia32::SPEC_CTRL if features.spec_ctrl != 0 => {
             check(value & !features.spec_ctrl == 0)?;
             vp.spec_ctrl = value;
+            return Ok(Effect::SpeculationControl);
         }
         ia32::PRED_CMD if features.pred_cmd != 0 => {
             check(value & !features.pred_cmd == 0)?;
@@ -1197,7 +1198,7 @@ mod tests {
     #[test]
     fn speculation_controls_take_what_cpuid_has() {
         let mut m = Machine::new();
-        m.put(0x48, 5);
+        assert_eq!(m.write(0x48, 5), Ok(Effect::SpeculationControl));
         assert_eq!(m.write(0x48, 1 << 10), GP);
         assert_eq!(m.read(0x48), Ok(5));
         m.put(0x49, 0);

@@ -129,6 +129,8 @@ pub enum Effect {
     VpAssistPage(Option<u64>),
     /// Reference time jumped: write the reference TSC page anew, if there is one.
     ReferenceTime,
+    /// IA32_SPEC_CTRL has another value.
+    SpeculationControl,
     /// IA32_PRED_CMD: write this value, which the processor takes, on this CPU.
     PredictionCommand(u64),
     /// IA32_FLUSH_CMD: write back and invalidate the L1 data cache of this CPU.

@@ -20,6 +20,11 @@ pub fn status(s: &Status) -> String {
     line("Refused", s.refusal.clone().unwrap_or_default());
     line("Image", image(s));
     line("Memory", memory(&s.memory));
+    let barriers = s.mitigations.as_ref().map(|names| match names[..] {
+        [] => "none".into(),
+        _ => names.join(", "),
+    });
+    line("Barriers", barriers.unwrap_or_default());
 
     let mut section = |header: &[&str], rows: Vec<Vec<String>>| {
         if !rows.is_empty() {
@@ -237,6 +242,20 @@ ID  MEMORY   VPS
  2  512 MiB  2
 ";
         assert_eq!(shown(RUNNING), expected);
+    }
+
+    #[test]
+    fn barriers_have_names_or_there_are_none() {
+        for (list, line) in [
+            (r#"["spec_ctrl","verw"]"#, "Barriers    spec_ctrl, verw\n"),
+            ("[]", "Barriers    none\n"),
+            ("null", ""),
+        ] {
+            assert_eq!(
+                shown(&format!(r#"{{"mitigations":{list}}}"#)),
+                format!("Hypervisor  unknown\n{line}")
+            );
+        }
     }
 
     #[test]

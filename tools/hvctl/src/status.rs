@@ -39,6 +39,9 @@ pub struct Status {
     /// Memory held, in bytes by use.
     #[serde(deserialize_with = "lenient")]
     pub memory: Map<String, Value>,
+    /// What a change to and from a child does against speculation.
+    #[serde(deserialize_with = "lenient")]
+    pub mitigations: Option<Vec<String>>,
     /// Every capability that was checked.
     #[serde(deserialize_with = "lenient")]
     pub caps: Vec<Cap>,

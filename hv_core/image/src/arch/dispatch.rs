@@ -85,7 +85,9 @@ pub fn dispatch<W: WorldSwitch>(
         }
         Next::Enter => {
             drop(run);
-            switch::to_child(area, &core);
+            let other = area.last_partition != partition_id;
+            area.last_partition = partition_id;
+            switch::to_child(area, &core, other);
             W::to_child(area, &mut core);
             area.current = address;
             area.last_child = address;

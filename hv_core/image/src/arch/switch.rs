@@ -1,20 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What both back ends switch between root and child besides the control structure: extended state, debug
-//! registers, TSC_AUX.
+//! registers, TSC_AUX, speculation.
+//!
+//! IA32_SPEC_CTRL holds the root's bits at all times, and while a child is current also the child's: whatever protects the root
+//! protects the image at a child's exits without a write, so exits that the image finishes cost nothing. (With V_SPEC_CTRL of
+//! AMD-V, APM 15.20.2, the processor adds the bits of the VMCB, which are zero, to the same effect.) The other barriers are for
+//! what the root or another partition left behind; what the image touches for a child is the child's own partition.
 
 use core::arch::asm;
 
 use hv_abi::boot::CpuArea;
-use hv_abi::layout::{cpu_block, cpu_page};
+use hv_abi::layout::{cpu_block, cpu_page, selector};
+use hv_abi::mitigation::action;
 
 use super::cpu::{rdmsr, wrmsr};
 use super::memory::direct;
+use crate::header::boot;
 use crate::vp::VpCore;
 
 /// State components that a child may have: x87, SSE, AVX, AVX-512, PKRU. What it cannot touch stays the root's
 /// without being moved (AMX tiles, CET, supervisor states).
 pub const CHILD_XCR0: u64 = 0x2e7;
 const TSC_AUX: u32 = 0xc000_0103;
+const SPEC_CTRL: u32 = 0x48;
+/// IA32_PRED_CMD and its IBPB, IA32_FLUSH_CMD and its L1D_FLUSH.
+const PRED_CMD: u32 = 0x49;
+const FLUSH_CMD: u32 = 0x10b;
 
 fn xgetbv() -> u64 {
     let (low, high): (u32, u32);
@@ -80,10 +91,11 @@ struct RootState {
     dr: [u64; 4],
     dr6: u64,
     cr2: u64,
+    spec_ctrl: u64,
 }
 
-fn root_state(area: &CpuArea) -> *mut RootState {
-    cpu_page(area.cpu as usize, cpu_block::ROOT_STATE) as *mut RootState
+fn root_state(cpu: u32) -> *mut RootState {
+    cpu_page(cpu as usize, cpu_block::ROOT_STATE) as *mut RootState
 }
 
 fn root_xsave(area: &CpuArea) -> *mut u8 {
@@ -103,10 +115,91 @@ fn set_tsc_aux(from: u64, to: u64) {
     }
 }
 
-/// From the root to a child.
-pub fn to_child(area: &CpuArea, core: &VpCore) {
+/// Whether the world switch does this.
+fn does(what: u32) -> bool {
+    boot().mitigations & what != 0
+}
+
+fn write_spec_ctrl(value: u64) {
+    // SAFETY: the root's value, with bits that CPUID offers to the child, which are the processor's.
+    unsafe { wrmsr(SPEC_CTRL, value) };
+}
+
+/// The child that is current on `cpu` changed its IA32_SPEC_CTRL.
+pub fn set_spec_ctrl(cpu: u32, core: &VpCore) {
+    // SAFETY: as in `to_child`.
+    let root = unsafe { &*root_state(cpu) };
+    write_spec_ctrl(root.spec_ctrl | core.state.spec_ctrl);
+}
+
+/// IA32_PRED_CMD and IA32_FLUSH_CMD: their first bit.
+fn command(number: u32) {
+    // SAFETY: the loader found the register; what it drops comes back by itself.
+    unsafe { wrmsr(number, 1) };
+}
+
+/// Overwrites the processor's buffers.
+fn clear_buffers() {
+    let data = selector::DATA;
+    // SAFETY: VERW of a selector of the image's GDT changes only ZF (and the buffers).
+    unsafe { asm!("verw word ptr [{}]", in(reg) &raw const data, options(nostack, readonly)) };
+}
+
+/// Fills the return stack with addresses of traps: none of the child's is left for the root's returns.
+fn fill_return_stack() {
+    // SAFETY: each call pushes an address, which ADD takes from the stack again; nothing executes the traps. The image has no
+    // red zone and no shadow stack.
+    unsafe {
+        asm!(
+            ".rept 32",
+            "call 3f",
+            "int3",
+            "3:",
+            ".endr",
+            "add rsp, 32 * 8",
+            "lfence"
+        );
+    }
+}
+
+/// Apart, so that they cost nothing where there are none.
+#[inline(never)]
+fn barriers_to_child(root: &mut RootState, core: &VpCore, other: bool) {
+    if does(action::SPEC_CTRL) {
+        root.spec_ctrl = rdmsr(SPEC_CTRL);
+        if core.state.spec_ctrl & !root.spec_ctrl != 0 {
+            write_spec_ctrl(root.spec_ctrl | core.state.spec_ctrl);
+        }
+    }
+    if other && does(action::IBPB_BETWEEN_CHILDREN) {
+        command(PRED_CMD);
+    }
+    if does(action::FLUSH_L1D) {
+        command(FLUSH_CMD);
+    }
+    if does(action::CLEAR_BUFFERS) {
+        clear_buffers();
+    }
+}
+
+#[inline(never)]
+fn barriers_to_root(root: &RootState, core: &VpCore) {
+    let extra = core.state.spec_ctrl & !root.spec_ctrl != 0;
+    if does(action::WRITE_SPEC_CTRL) || extra && does(action::SPEC_CTRL) {
+        write_spec_ctrl(root.spec_ctrl);
+    }
+    if does(action::IBPB_TO_ROOT) {
+        command(PRED_CMD);
+    }
+    if does(action::FILL_RETURN_STACK) {
+        fill_return_stack();
+    }
+}
+
+/// From the root to a child. `other`: the child that this CPU ran last is of another partition.
+pub fn to_child(area: &CpuArea, core: &VpCore, other: bool) {
     // SAFETY: the page belongs to this CPU; the image runs on it.
-    let root = unsafe { &mut *root_state(area) };
+    let root = unsafe { &mut *root_state(area.cpu) };
     root.xcr0 = xgetbv();
     root.tsc_aux = rdmsr(TSC_AUX);
     root.dr = [dr0(), dr1(), dr2(), dr3()];
@@ -133,12 +226,18 @@ pub fn to_child(area: &CpuArea, core: &VpCore) {
     set_dr6(core.state.dr6);
     // SAFETY: CR2 means nothing to the image.
     unsafe { asm!("mov cr2, {}", in(reg) core.state.cr2, options(nomem, nostack)) };
+    if boot().mitigations != 0 {
+        barriers_to_child(root, core, other);
+    }
 }
 
 /// From a child to the root. `keep_cr2_dr6`: VT-x leaves the child's values in the registers.
 pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
     // SAFETY: as in `to_child`.
-    let root = unsafe { &mut *root_state(area) };
+    let root = unsafe { &mut *root_state(area.cpu) };
+    if boot().mitigations != 0 {
+        barriers_to_root(root, core);
+    }
     core.state.dr = [dr0(), dr1(), dr2(), dr3()];
     if in_registers {
         core.state.dr6 = dr6();

@@ -2,6 +2,7 @@
 //! Checks of `/dev/mshv`: each argument is the name of one check; without one, all names are listed. A check that
 //! fails says why and ends the program with status 1. `selftests/hv_core/mshv.sh` runs them in a bed's guest.
 
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitCode, Stdio};
@@ -24,6 +25,10 @@ const CHECKS: &[Check] = &[
     (
         "system_call_registers_survive_a_run",
         system_call_registers_survive_a_run,
+    ),
+    (
+        "speculation_control_stays_with_the_vp",
+        speculation_control_stays_with_the_vp,
     ),
     ("wrong_arguments_are_refused", wrong_arguments_are_refused),
     ("wrong_memory_is_refused", wrong_memory_is_refused),
@@ -238,6 +243,50 @@ fn system_call_registers_survive_a_run() -> Outcome {
         let seen = unsafe { register[0].value.reg64 };
         ensure!(seen == value, "register {name:#x}: {seen:#x}");
     }
+    Ok(())
+}
+
+/// IA32_SPEC_CTRL with IBRS, where the processor has it.
+fn speculation_control_stays_with_the_vp() -> Outcome {
+    // SAFETY: every processor of 64 bits has CPUID.
+    let (intel, amd) = unsafe {
+        (
+            __cpuid_count(7, 0).edx >> 26,
+            __cpuid(0x8000_0008).ebx >> 14,
+        )
+    };
+    if (intel | amd) & 1 == 0 {
+        println!("this machine has no IBRS");
+        return Ok(());
+    }
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xb9, 0x48, 0, 0, 0, // mov $0x48, %ecx
+        0x66, 0x31, 0xd2,          // xor %edx, %edx
+        0x66, 0xb8, 1, 0, 0, 0,    // mov $1, %eax
+        0x0f, 0x30,                // wrmsr
+        0xb0, 0,                   // mov $0, %al
+        0xe6, 0x10,                // out %al, $0x10
+        0x0f, 0x32,                // 1: rdmsr
+        0xe6, 0x10,                // out %al, $0x10
+        0xeb, 0xfa,                // jmp 1b
+    ];
+    let machine = Machine::new(&code)?;
+    // A partition beside it, which has none of this.
+    let other = Machine::new(&code[17..])?;
+    other.set(&[(hv_register_name_HV_X64_REGISTER_RCX, 0x48)])?;
+    machine.next_port_write()?;
+    other.next_port_write()?;
+    for _ in 0..3 {
+        let (own, others) = (machine.next_port_write()?, other.next_port_write()?);
+        ensure!(
+            (own, others) == ((0x10, 1), (0x10, 0)),
+            "{own:x?} {others:x?}"
+        );
+    }
+    machine.set(&[(hv_register_name_HV_X64_REGISTER_SPEC_CTRL, 0)])?;
+    let own = machine.next_port_write()?;
+    ensure!(own == (0x10, 0), "{own:x?} after the VMM cleared it");
     Ok(())
 }
 
