@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The image header, the boot information and the memory functions that the compiler calls.
 
+#[cfg(target_os = "none")]
 use core::arch::global_asm;
 use core::mem::MaybeUninit;
 
-use hv_abi::boot::{BootInfo, IMAGE_MAGIC};
+use hv_abi::boot::BootInfo;
+#[cfg(target_os = "none")]
+use hv_abi::boot::IMAGE_MAGIC;
 
 // The linker script defines the `image_*` values.
+#[cfg(target_os = "none")]
 global_asm!(
     ".pushsection .header, \"a\"",
     ".quad {magic}",
@@ -24,27 +28,42 @@ global_asm!(
 );
 
 /// Filled by the loader before the first entry, never written after.
-#[link_section = ".boot_info"]
+#[cfg_attr(target_os = "none", link_section = ".boot_info")]
 #[no_mangle]
 static mut BOOT_INFO: MaybeUninit<BootInfo> = MaybeUninit::uninit();
 
 /// The page of the interrupt descriptor table; the loader fills it.
+#[cfg(target_os = "none")]
 #[repr(C, align(4096))]
 struct Idt([u64; 512]);
 
+#[cfg(target_os = "none")]
 #[link_section = ".idt"]
 #[used]
 static mut IDT: Idt = Idt([0; 512]);
 
 /// What the loader left for all CPUs.
 pub fn boot() -> &'static BootInfo {
+    let info = &raw const BOOT_INFO;
     // SAFETY: the loader wrote a valid value before it entered the image and nothing writes it after.
-    unsafe { (*(&raw const BOOT_INFO)).assume_init_ref() }
+    unsafe { (*info).assume_init_ref() }
+}
+
+/// Plays the loader's part.
+///
+/// # Safety
+/// Nobody looks at the value of before any more.
+#[cfg(not(target_os = "none"))]
+pub unsafe fn set_boot(info: BootInfo) {
+    let place = &raw mut BOOT_INFO;
+    // SAFETY: by the caller's promise.
+    unsafe { (*place).write(info) };
 }
 
 // The compiler emits calls to these for copies and comparisons; `core` has no implementation without
 // `compiler_builtins`. Plain string instructions: no vector registers, as these hold Linux' state. From eight bytes on they
 // move words; the last word, which may overlap the one before, is read first and written last.
+#[cfg(target_os = "none")]
 global_asm!(
     ".pushsection .text.memory, \"ax\"",
     ".globl memcpy, memmove, memset, memcmp, bcmp",

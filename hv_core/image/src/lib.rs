@@ -4,37 +4,30 @@
 //! A freestanding program that runs beneath Linux: entered by VM exits, it finishes them and resumes.
 //! It has its own page tables, descriptor tables and stacks, calls nothing in the kernel and allocates
 //! nothing that was not given to it. Privileged instructions live in `arch/` only; the rest is pure over
-//! the traits of [`arch`] and runs under `cargo test`.
+//! the traits of [`arch`] and runs under `cargo test`, on the memory of [`arch::host`].
 #![cfg_attr(not(test), no_std)]
 
 pub mod apic;
 pub mod arch;
+pub mod child;
 pub mod child_cpuid;
+pub mod child_emulate;
 pub mod child_msr;
 pub mod cpuid_cache;
+mod header;
+pub mod hypercall;
 pub mod log;
+pub mod memory;
 pub mod messages;
+pub mod partition;
 pub mod register_page;
 pub mod registers;
 pub mod root;
 pub mod slat;
 pub mod translate;
+pub mod vp;
 pub mod vp_state;
+pub mod xsave;
 
 #[cfg(target_os = "none")]
-pub mod child;
-#[cfg(target_os = "none")]
-pub mod child_emulate;
-#[cfg(target_os = "none")]
 mod fault;
-#[cfg(target_os = "none")]
-mod header;
-#[cfg(target_os = "none")]
-pub mod hypercall;
-#[cfg(target_os = "none")]
-pub mod memory;
-#[cfg(target_os = "none")]
-pub mod partition;
-#[cfg(target_os = "none")]
-pub mod vp;
-pub mod xsave;

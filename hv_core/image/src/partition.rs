@@ -104,6 +104,15 @@ pub fn with_shared<R>(info: &BootInfo, f: impl FnOnce(&mut Shared) -> R) -> R {
     f(&mut shared)
 }
 
+/// A new machine: no partition, and the pool as the loader left it.
+#[cfg(not(target_os = "none"))]
+pub fn forget_all() {
+    *SHARED.lock() = Shared::new();
+    for slot in &PARTITIONS {
+        slot.store(0, Ordering::Relaxed);
+    }
+}
+
 fn slot_of(id: u64) -> usize {
     (id & 0xff) as usize
 }

@@ -1,21 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Memory as the image reaches it: the direct map of its own pages, and windows on all others.
 
+#[cfg(target_os = "none")]
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use hv_abi::layout::{CPU_BASE, CPU_STRIDE, CPU_WINDOWS, DIRECT_BASE, PAGE_SIZE};
+use hv_abi::layout::PAGE_SIZE;
+#[cfg(target_os = "none")]
+use hv_abi::layout::{CPU_BASE, CPU_STRIDE, CPU_WINDOWS, DIRECT_BASE};
 use hv_x86::paging::TableMemory;
 
+#[cfg(target_os = "none")]
 use crate::header::boot;
 use crate::memory::PagePool;
 
 /// Address of a page that the hypervisor owns.
+#[cfg(target_os = "none")]
 pub fn direct(spa: u64) -> *mut u8 {
     (DIRECT_BASE + spa) as *mut u8
 }
+
+#[cfg(not(target_os = "none"))]
+pub use super::host::memory as direct;
 
 /// A lock for short sections: the image is not preempted, so a holder always goes on.
 ///
@@ -137,6 +145,7 @@ const _: () = assert!(WINDOWS == hv_abi::layout::WINDOW_COUNT);
 
 /// Makes the page at `spa` visible through a window of CPU `cpu` and returns its address. The same window
 /// shows another page after the next call.
+#[cfg(target_os = "none")]
 pub fn window(cpu: u32, window: Window, spa: u64) -> *mut u8 {
     const PRESENT_RW_AD_NX: u64 = 0x63 | 1 << 63;
     const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -157,6 +166,12 @@ pub fn window(cpu: u32, window: Window, spa: u64) -> *mut u8 {
         asm!("invlpg [{}]", in(reg) address, options(nostack));
     }
     address as *mut u8
+}
+
+/// The page at `spa`: all of the host's memory is visible.
+#[cfg(not(target_os = "none"))]
+pub fn window(_: u32, _: Window, spa: u64) -> *mut u8 {
+    direct(spa & !(PAGE_SIZE - 1))
 }
 
 /// Copies `to.len()` bytes from physical memory; the range lies inside one page.

@@ -10,22 +10,18 @@ use hv_abi::hypercall::{Control, DispatchEvent};
 use hv_abi::stats::ExitKind;
 use hv_abi::status::HvStatus;
 
-#[cfg(target_os = "none")]
 use crate::child_msr::Paging;
-#[cfg(target_os = "none")]
 use crate::vp::VpCore;
 
-#[cfg(target_os = "none")]
 pub mod cpu;
 #[cfg(target_os = "none")]
 pub mod dispatch;
-#[cfg(target_os = "none")]
+#[cfg(not(target_os = "none"))]
+pub mod host;
 pub mod memory;
-#[cfg(target_os = "none")]
 pub mod object;
 #[cfg(target_os = "none")]
 pub mod svm;
-#[cfg(target_os = "none")]
 pub mod switch;
 #[cfg(target_os = "none")]
 pub mod vmx;
@@ -289,7 +285,6 @@ pub enum QuickExit {
 }
 
 /// The control structure of a child's VP.
-#[cfg(target_os = "none")]
 pub trait ChildHardware {
     /// PAE paging uses page-directory pointers that the structure keeps (SDM 27.3.2.4), not those in memory (APM 15.25.10).
     const KEEPS_POINTERS: bool;

@@ -168,6 +168,9 @@ pub fn page_bytes(spa: u64) -> &'static mut [u8; 4096] {
 
 /// The scratch page of CPU `cpu`: contents last until the next user on it.
 pub fn scratch(cpu: u32) -> &'static mut [u8; 4096] {
+    #[cfg(not(target_os = "none"))]
+    let address = super::host::scratch(cpu);
+    #[cfg(target_os = "none")]
     let address = hv_abi::layout::cpu_page(cpu as usize, hv_abi::layout::cpu_block::SCRATCH);
     // SAFETY: mapped by the loader; only the CPU itself uses it, and the image is not preempted.
     unsafe { &mut *(address as *mut [u8; 4096]) }
