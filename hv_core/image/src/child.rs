@@ -494,17 +494,23 @@ impl<H: ChildHardware> Run<'_, H> {
         if self.deadline() < self.core.told_deadline {
             return Next::Root(DispatchEvent::Deadline);
         }
+        let mut nmi_waits = pending.nmi;
+        let interrupt_waits = pending.ext_int.is_some() || pending.vector.is_some();
         let (info, error) = core::mem::take(&mut self.core.requeue);
         if info >> 31 & 1 != 0 {
             self.hardware.inject(info, error);
-            if pending.nmi || pending.ext_int.is_some() || pending.vector.is_some() {
+            if interrupt_waits {
                 self.hardware.request_window();
             }
-        } else if pending.nmi && self.hardware.nmis_open(self.core) {
+        } else if nmi_waits && self.hardware.nmis_open(self.core) {
             self.core.apic.take_nmi();
             self.core.state.nmi_masked = true;
             self.hardware.inject_nmi(self.core);
-        } else if pending.ext_int.is_some() || pending.vector.is_some() {
+            nmi_waits = false;
+            if interrupt_waits {
+                self.hardware.request_window();
+            }
+        } else if interrupt_waits {
             let offer = match (pending.ext_int, pending.vector) {
                 (None, vector) => vector,
                 _ => None,
@@ -526,7 +532,8 @@ impl<H: ChildHardware> Run<'_, H> {
                     self.hardware.request_window();
                 }
             }
-        } else if pending.nmi {
+        }
+        if nmi_waits {
             self.hardware.request_nmi_window(self.core);
         }
         let generation = self.partition().generation.load(Ordering::Acquire);

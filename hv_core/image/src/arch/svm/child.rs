@@ -484,8 +484,9 @@ impl ChildHardware for SvmChild<'_> {
     fn request_nmi_window(&mut self, core: &mut VpCore) {
         let v = &mut *self.vmcb;
         if core.iret.is_some() {
-            // The step of a guest that makes some itself exits, too.
-            if v.rflags & rflags::TF == 0 {
+            // The step of a guest that makes some itself exits, too. An event that comes first would take the flag along.
+            let event = v.event_injection & VALID != 0 || core.offered.is_some();
+            if v.rflags & rflags::TF == 0 && !event {
                 v.rflags |= rflags::TF;
                 core.steps = true;
             }

@@ -1,0 +1,521 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a VP gets at an entry and what becomes of its exits, on a processor that only takes notes.
+
+mod common;
+
+use common::*;
+use hv_abi::boot::Vendor;
+use hv_abi::hypercall::{code, state_page, DispatchEvent, VpRunPage};
+use hv_abi::partition::{message, MapVpStatePage};
+use hv_image::apic::{DeliveryMode, Interrupt};
+use hv_image::arch::object::Ownership;
+use hv_image::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
+use hv_image::child::{post, show_port_write, Next, Run};
+use hv_image::child_msr::Paging;
+use hv_image::partition::find;
+use hv_image::vp::{Vp, VpCore};
+use proptest::prelude::*;
+
+const VALID: u32 = 1 << 31;
+const MESSAGE: u64 = KEPT;
+const RUN_PAGE: u64 = KEPT + PAGE;
+
+/// What was delivered at an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Delivered {
+    Event(u32, u32),
+    Nmi,
+    Interrupt(u8),
+}
+
+/// The processor. `open` is RFLAGS.IF.
+struct Fake {
+    exit: ChildExit,
+    /// What an exit cut short.
+    cut: u32,
+    open: bool,
+    shadow: bool,
+    delivered: Option<Delivered>,
+    window: bool,
+    nmi_window: bool,
+    rip: u64,
+}
+
+impl Fake {
+    fn new(exit: ChildExit) -> Self {
+        Self {
+            exit,
+            cut: 0,
+            open: true,
+            shadow: false,
+            delivered: None,
+            window: false,
+            nmi_window: false,
+            rip: 0x1000,
+        }
+    }
+
+    fn deliver(&mut self, what: Delivered) {
+        assert_eq!(self.delivered, None, "two events at one entry: {what:?}");
+        self.delivered = Some(what);
+    }
+}
+
+impl ChildHardware for Fake {
+    const KEEPS_POINTERS: bool = false;
+
+    fn is_undisturbed(&self, _: &VpCore) -> bool {
+        self.cut == 0
+    }
+    fn quick_exit(&mut self) -> Option<QuickExit> {
+        None
+    }
+    fn quick_port_write(&mut self) -> Option<IoAccess> {
+        match self.exit {
+            ChildExit::Io(access) if !access.is_in => Some(access),
+            _ => None,
+        }
+    }
+    fn load(&mut self, core: &VpCore) {
+        self.rip = core.state.rip;
+    }
+    fn load_general(&mut self, core: &VpCore) {
+        self.load(core);
+    }
+    fn store(&mut self, core: &mut VpCore) {
+        core.state.rip = self.rip;
+    }
+    fn peek(&mut self, _: &mut VpCore) {}
+    fn after_exit(&mut self, core: &mut VpCore) {
+        core.requeue = (self.cut, 0);
+        self.delivered = None;
+        (self.window, self.nmi_window) = (false, false);
+    }
+    fn exit(&mut self, _: &mut VpCore) -> ChildExit {
+        self.exit
+    }
+    fn instruction_length(&self) -> u64 {
+        1
+    }
+    fn skip(&mut self, _: &mut VpCore, length: u64) {
+        self.rip += length;
+    }
+    fn trap_step(&mut self, _: &mut VpCore) {}
+    fn eax(&self, core: &VpCore) -> u32 {
+        core.state.context.gprs[0] as u32
+    }
+    fn cr4_and_long(&self) -> (u64, bool) {
+        (0, false)
+    }
+    fn is_kernel(&self) -> bool {
+        true
+    }
+    fn quick_length(&self, usual: u64) -> u64 {
+        usual
+    }
+    fn rax(&mut self, core: &mut VpCore, value: u64) {
+        core.state.context.gprs[0] = value;
+    }
+    fn inject(&mut self, info: u32, error: u32) {
+        self.deliver(Delivered::Event(info, error));
+    }
+    fn inject_nmi(&mut self, _: &mut VpCore) {
+        self.deliver(Delivered::Nmi);
+    }
+    fn inject_interrupt(&mut self, vector: u8) {
+        assert!(self.open && !self.shadow, "{vector:#x} with interrupts off");
+        self.deliver(Delivered::Interrupt(vector));
+    }
+    fn exception(vector: u8, error: Option<u32>) -> (u32, u32) {
+        (VALID | 3 << 8 | u32::from(vector), error.unwrap_or(0))
+    }
+    fn interrupts_open(&self, _: &VpCore) -> bool {
+        self.open && !self.shadow
+    }
+    fn interrupt_flag(&self) -> bool {
+        self.open
+    }
+    fn nmis_open(&self, core: &VpCore) -> bool {
+        !core.state.nmi_masked && !self.shadow
+    }
+    fn end_nmi(&mut self, core: &mut VpCore) {
+        core.state.nmi_masked = false;
+    }
+    fn request_window(&mut self) {
+        self.window = true;
+    }
+    fn request_nmi_window(&mut self, _: &mut VpCore) {
+        self.nmi_window = true;
+    }
+    fn before_entry(&mut self, _: &mut VpCore, _: bool) {}
+    fn paging(&self) -> Paging {
+        Paging {
+            cr0: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+        }
+    }
+}
+
+/// A partition with one VP that has message and run page, and the VP taken.
+struct Bed {
+    root: Root,
+    id: u64,
+    vp: &'static Vp,
+    core: Option<Ownership<'static, VpCore>>,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let mut root = Root::new(Vendor::Svm);
+        let id = root.partition();
+        for (page_type, page) in [
+            (state_page::INTERCEPT_MESSAGE, MESSAGE),
+            (state_page::RUN, RUN_PAGE),
+        ] {
+            let map = MapVpStatePage {
+                partition_id: id,
+                page_type,
+                flags: 1,
+                requested_map_location: page / PAGE,
+                ..Default::default()
+            };
+            root.call(code::MAP_VP_STATE_PAGE, map)
+                .expect("pages of the root");
+        }
+        let vp = find(id).expect("it lives").vp(0).expect("there is one");
+        let mut core = vp.core.acquire().expect("nobody has it");
+        core.state.explicit_suspend = false;
+        // Software enabled: vectors other than NMI come through.
+        let _ = core.apic.write(0xf0, 0x1ff, 0);
+        let mut bed = Self {
+            root,
+            id,
+            vp,
+            core: Some(core),
+        };
+        // The registers of a new VP go into the processor.
+        let entered = bed.run(Fake::new(ChildExit::Nop)).enter();
+        assert!(matches!(entered, Next::Enter));
+        bed
+    }
+
+    fn run(&mut self, fake: Fake) -> Run<'_, Fake> {
+        Run {
+            info: self.root.machine.info(),
+            cpu: 0,
+            vp: self.vp,
+            core: self.core.as_mut().expect("until the end"),
+            hardware: fake,
+            first: false,
+        }
+    }
+
+    /// An exit and what follows it.
+    fn exit(&mut self, fake: Fake) -> (Option<DispatchEvent>, Fake) {
+        let mut run = self.run(fake);
+        let next = match run.after_exit() {
+            Next::Enter => None,
+            Next::Root(event) => {
+                run.tell_deadline();
+                Some(event)
+            }
+        };
+        (next, run.hardware)
+    }
+
+    fn post(&self, mode: DeliveryMode, vector: u8) {
+        post(
+            self.vp,
+            Interrupt {
+                mode,
+                vector,
+                level: false,
+            },
+        );
+    }
+
+    fn core(&mut self) -> &mut VpCore {
+        self.core.as_mut().expect("until the end")
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        self.core = None;
+        if !std::thread::panicking() {
+            self.root.bury(self.id);
+        }
+    }
+}
+
+fn out(port: u16) -> ChildExit {
+    ChildExit::Io(IoAccess {
+        port,
+        size: 1,
+        is_in: false,
+        string: false,
+        rep: false,
+        segment: 0,
+        length: 2,
+    })
+}
+
+#[test]
+fn interrupts_come_in_the_order_of_their_priority() {
+    let mut bed = Bed::new();
+    for vector in [0x31, 0x55, 0x42] {
+        bed.post(DeliveryMode::Fixed, vector);
+    }
+    for vector in [0x55, 0x42, 0x31] {
+        let (next, fake) = bed.exit(Fake::new(ChildExit::Nop));
+        assert_eq!(
+            (next, fake.delivered),
+            (None, Some(Delivered::Interrupt(vector)))
+        );
+        // Those of lower priority wait for its end.
+        let _ = bed.core().apic.eoi();
+    }
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
+    assert_eq!((fake.delivered, fake.window), (None, false));
+}
+
+#[test]
+fn interrupt_waits_until_the_guest_takes_it() {
+    let mut bed = Bed::new();
+    bed.post(DeliveryMode::Fixed, 0x31);
+    for (open, shadow) in [(false, false), (true, true)] {
+        let mut fake = Fake::new(ChildExit::Nop);
+        (fake.open, fake.shadow) = (open, shadow);
+        let (next, fake) = bed.exit(fake);
+        assert_eq!((next, fake.delivered, fake.window), (None, None, true));
+    }
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Window));
+    assert_eq!(fake.delivered, Some(Delivered::Interrupt(0x31)));
+}
+
+#[test]
+fn what_an_exit_cut_short_comes_first_and_nothing_is_lost() {
+    let mut bed = Bed::new();
+    bed.post(DeliveryMode::Nmi, 0);
+    bed.post(DeliveryMode::Fixed, 0x31);
+    let mut fake = Fake::new(ChildExit::Nop);
+    fake.cut = VALID | 3 << 8 | 14;
+    let (_, fake) = bed.exit(fake);
+    assert_eq!(
+        fake.delivered,
+        Some(Delivered::Event(VALID | 3 << 8 | 14, 0))
+    );
+    assert!(fake.window && fake.nmi_window);
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Window));
+    assert_eq!(fake.delivered, Some(Delivered::Nmi));
+    assert!(
+        fake.window,
+        "the interrupt behind the NMI waits for another exit"
+    );
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Window));
+    assert_eq!(fake.delivered, Some(Delivered::Interrupt(0x31)));
+}
+
+#[test]
+fn halted_vp_sleeps_until_something_can_wake_it() {
+    let mut bed = Bed::new();
+    let (next, _) = bed.exit(Fake::new(ChildExit::Halt));
+    assert_eq!(next, Some(DispatchEvent::Halted));
+    // With interrupts off only an NMI does.
+    let mut fake = Fake::new(ChildExit::Nop);
+    fake.open = false;
+    bed.post(DeliveryMode::Fixed, 0x31);
+    let mut run = bed.run(fake);
+    assert!(matches!(run.enter(), Next::Root(DispatchEvent::Halted)));
+    bed.post(DeliveryMode::Nmi, 0);
+    let mut fake = Fake::new(ChildExit::Nop);
+    fake.open = false;
+    let mut run = bed.run(fake);
+    assert!(matches!(run.enter(), Next::Enter));
+    assert_eq!(run.hardware.delivered, Some(Delivered::Nmi));
+    assert!(!bed.core().state.halt_suspend);
+}
+
+#[test]
+fn exception_does_not_lose_the_interrupt_that_it_cut_short() {
+    const PAGE_FAULT: u32 = VALID | 3 << 8 | 14;
+    let mut bed = Bed::new();
+    for (cut, first) in [
+        (VALID | 0x31, VALID | 0x31),
+        (VALID | 2 << 8 | 2, VALID | 2 << 8 | 2),
+        (PAGE_FAULT, VALID | 3 << 8 | 1),
+        (0, VALID | 3 << 8 | 1),
+    ] {
+        let mut fake = Fake::new(ChildExit::Exception {
+            info: VALID | 3 << 8 | 1,
+            error: 0,
+        });
+        fake.cut = cut;
+        let (next, _) = bed.exit(fake);
+        assert_eq!(next, Some(DispatchEvent::Interrupt));
+        let mut run = bed.run(Fake::new(ChildExit::Nop));
+        assert!(matches!(run.enter(), Next::Enter));
+        assert_eq!(
+            run.hardware.delivered,
+            Some(Delivered::Event(first, 0)),
+            "{cut:#x}"
+        );
+    }
+}
+
+#[test]
+fn machine_check_is_the_roots_and_changes_nothing() {
+    let mut bed = Bed::new();
+    let mut fake = Fake::new(ChildExit::MachineCheck);
+    fake.cut = VALID | 0x31;
+    let (next, fake) = bed.exit(fake);
+    assert_eq!(next, Some(DispatchEvent::MachineCheck));
+    assert_eq!(fake.rip, 0x1000);
+    let mut run = bed.run(fake);
+    run.hardware.exit = ChildExit::Nop;
+    assert!(matches!(run.enter(), Next::Enter));
+    assert_eq!(
+        run.hardware.delivered,
+        Some(Delivered::Event(VALID | 0x31, 0))
+    );
+}
+
+#[test]
+fn triple_fault_is_reported_at_each_run() {
+    let mut bed = Bed::new();
+    let (next, _) = bed.exit(Fake::new(ChildExit::TripleFault));
+    assert_eq!(next, Some(DispatchEvent::Intercept));
+    assert_eq!(get::<u32>(MESSAGE), message::UNRECOVERABLE_EXCEPTION);
+    put(MESSAGE, 0u32);
+    let mut run = bed.run(Fake::new(ChildExit::Nop));
+    assert!(matches!(run.enter(), Next::Root(DispatchEvent::Intercept)));
+    assert_eq!(get::<u32>(MESSAGE), message::UNRECOVERABLE_EXCEPTION);
+}
+
+#[test]
+fn write_to_a_port_leaves_a_message_only_if_nobody_completes_it() {
+    let mut bed = Bed::new();
+    put(MESSAGE, 0u32);
+    let (next, fake) = bed.exit(Fake::new(out(0x80)));
+    assert_eq!(next, Some(DispatchEvent::PortWrite));
+    assert_eq!(get::<u32>(MESSAGE), message::NONE);
+    // Completed: it goes on behind the instruction.
+    let mut run = bed.run(fake);
+    assert!(
+        !run.resume_quickly(2),
+        "an exit that was not quick needs a whole entry"
+    );
+    run.skip_by(2);
+    assert!(matches!(run.enter(), Next::Enter));
+    assert_eq!(run.hardware.rip, 0x1002);
+    // Not completed.
+    let (_, mut fake) = bed.exit(Fake::new(out(0x80)));
+    fake.store(bed.core());
+    bed.core().in_hardware = false;
+    show_port_write(0, bed.core());
+    assert_eq!(get::<u32>(MESSAGE), message::IO_PORT_INTERCEPT);
+    assert_eq!(bed.core().state.rip, 0x1000);
+}
+
+#[test]
+fn quiet_vp_goes_on_without_a_whole_entry() {
+    let mut bed = Bed::new();
+    // One whole entry, after which nothing waits.
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
+    let mut run = bed.run(fake);
+    run.hardware.exit = out(0x80);
+    assert!(run.leave_quickly());
+    assert!(run.resume_quickly(2));
+    // Something came: it has to be delivered.
+    bed.post(DeliveryMode::Fixed, 0x31);
+    let mut run = bed.run(Fake::new(out(0x80)));
+    assert!(!run.leave_quickly() && !run.finish_quickly());
+}
+
+#[test]
+fn root_hears_of_deadline_and_exits() {
+    let mut bed = Bed::new();
+    // The timer's vector, one-shot, and a count.
+    let now = bed.run(Fake::new(ChildExit::Nop)).now();
+    for (offset, value) in [(0x320, 0x41), (0x3e0, 0xb), (0x380, 1_000_000)] {
+        let _ = bed.core().apic.write(offset, value, now);
+    }
+    let (next, _) = bed.exit(Fake::new(ChildExit::Halt));
+    assert_eq!(next, Some(DispatchEvent::Halted));
+    // SAFETY: the page was mapped as the run page and consists of atomics.
+    let page = unsafe { &*hv_image::arch::host::memory(RUN_PAGE).cast::<VpRunPage>() };
+    let deadline = page.deadline.load(std::sync::atomic::Ordering::Relaxed);
+    // 200 MHz against 1 GHz.
+    let guest = deadline.wrapping_add(bed.core().state.tsc_offset);
+    assert!(
+        (now + 5_000_000..now + 5_000_100).contains(&guest),
+        "{guest} {now}"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Whatever comes in whatever state, it is delivered once, at the latest when the guest takes all; and while it waits, a window
+    /// is asked for.
+    #[test]
+    fn every_event_is_delivered_once(
+        steps in prop::collection::vec((any::<[bool; 3]>(), 0u8..6, 0x20u8..0xff), 1..40),
+    ) {
+        let mut bed = Bed::new();
+        let mut posted = std::collections::BTreeSet::new();
+        let mut delivered = Vec::new();
+        let mut nmi = (0, 0);
+        for ([open, shadow, masked], what, vector) in steps {
+            match what {
+                0..=2 => {
+                    // Once more while it waits is the same.
+                    posted.insert(vector);
+                    bed.post(DeliveryMode::Fixed, vector);
+                }
+                3 if nmi.0 == nmi.1 => {
+                    nmi.0 += 1;
+                    bed.post(DeliveryMode::Nmi, 0);
+                }
+                _ => {}
+            }
+            let mut fake = Fake::new(ChildExit::Nop);
+            (fake.open, fake.shadow) = (open, shadow);
+            // A handler may run already.
+            bed.core().state.nmi_masked = masked;
+            let (next, fake) = bed.exit(fake);
+            prop_assert_eq!(next, None);
+            // What has a lower priority than one that is in service comes with the end of that one, which exits.
+            let waits = bed.core().apic.pending();
+            prop_assert!(fake.window || waits.vector.is_none(), "nobody comes back for {:x?}", posted);
+            prop_assert_eq!(fake.nmi_window, waits.nmi);
+            match fake.delivered {
+                Some(Delivered::Interrupt(vector)) => {
+                    prop_assert!(posted.remove(&vector), "{:#x} came twice", vector);
+                    delivered.push(vector);
+                    let _ = bed.core().apic.eoi();
+                }
+                Some(Delivered::Nmi) => {
+                    prop_assert!(!masked);
+                    nmi.1 += 1;
+                }
+                _ => {}
+            }
+        }
+        bed.core().state.nmi_masked = false;
+        for _ in 0..posted.len() + 1 {
+            let (_, fake) = bed.exit(Fake::new(ChildExit::Window));
+            match fake.delivered {
+                Some(Delivered::Interrupt(vector)) => {
+                    prop_assert!(posted.remove(&vector));
+                    let _ = bed.core().apic.eoi();
+                }
+                Some(Delivered::Nmi) => nmi.1 += 1,
+                _ => {}
+            }
+        }
+        prop_assert!(posted.is_empty() && nmi.0 == nmi.1, "{:x?} {:?}", posted, nmi);
+    }
+}
