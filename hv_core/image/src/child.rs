@@ -213,7 +213,7 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::ControlRegisterWrite { register, source } => {
                 let value = self.register(source);
                 if let Err(gpa) = emulate::write_control_register(self, register, value) {
-                    return self.memory_message(gpa, false, false, None);
+                    return self.memory_message(false, gpa, false, false, None);
                 }
             }
             ChildExit::TaskPriority { write, register } => self.task_priority(write, register),
@@ -374,7 +374,8 @@ impl<H: ChildHardware> Run<'_, H> {
     }
 
     fn memory(&mut self, gpa: u64, write: bool, execute: bool, gva: Option<u64>) -> Next {
-        if self.partition().translate(self.info, gpa, write).is_some() && !execute {
+        let found = self.partition().lookup(gpa);
+        if found.is_some_and(|found| !write || found.attributes.write) && !execute {
             // Another CPU mapped it meanwhile.
             return self.enter();
         }
@@ -383,14 +384,20 @@ impl<H: ChildHardware> Run<'_, H> {
                 return self.apply(effect);
             }
         }
-        self.memory_message(gpa, write, execute, gva)
+        self.memory_message(found.is_some(), gpa, write, execute, gva)
     }
 
     /// Tells the root of an access to memory that is not there or does not allow it.
-    fn memory_message(&mut self, gpa: u64, write: bool, execute: bool, gva: Option<u64>) -> Next {
+    fn memory_message(
+        &mut self,
+        mapped: bool,
+        gpa: u64,
+        write: bool,
+        execute: bool,
+        gva: Option<u64>,
+    ) -> Next {
         self.pull();
         let bytes = emulate::instruction_bytes(self);
-        let mapped = self.partition().translate(self.info, gpa, false).is_some();
         self.message(|run| {
             let access = if write {
                 1
@@ -474,7 +481,7 @@ impl<H: ChildHardware> Run<'_, H> {
         if self.core.dirty {
             // What the VMM or an emulation left in `state`.
             if let Err(gpa) = emulate::change_paging(self) {
-                return self.memory_message(gpa, false, false, None);
+                return self.memory_message(false, gpa, false, false, None);
             }
             self.hardware.load(self.core);
             self.core.dirty = false;

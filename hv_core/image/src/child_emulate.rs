@@ -141,25 +141,19 @@ pub fn signature<H: ChildHardware>(_: &Run<'_, H>) -> u32 {
 }
 
 /// Reads guest physical memory of a partition; `None` where nothing is mapped.
-fn read_guest(
-    info: &BootInfo,
-    cpu: u32,
-    partition: &Partition,
-    gpa: u64,
-    to: &mut [u8],
-) -> Option<()> {
-    let spa = partition.translate(info, gpa, false)?;
+fn read_guest(cpu: u32, partition: &Partition, gpa: u64, to: &mut [u8]) -> Option<()> {
+    let spa = partition.translate(gpa, false)?;
     read_physical(cpu, Window::Guest, spa, to);
     Some(())
 }
 
 /// The bytes at the VP's instruction pointer and their number.
 pub fn instruction_bytes<H: ChildHardware>(run: &mut Run<'_, H>) -> ([u8; 16], u8) {
-    let (info, cpu, partition) = (run.info, run.cpu, run.partition());
+    let (cpu, partition) = (run.cpu, run.partition());
     let state = &*run.pull();
     let mut bytes = [0; 16];
     let count = translate::fetch_instruction(state, &mut bytes, |gpa, to| {
-        read_guest(info, cpu, partition, gpa, to)
+        read_guest(cpu, partition, gpa, to)
     });
     (bytes, count)
 }
@@ -211,7 +205,6 @@ fn code_mode(state: &VpState) -> CodeMode {
 
 /// HvCallTranslateVirtualAddress: result code and page number.
 pub fn translate(
-    info: &BootInfo,
     cpu: u32,
     partition: &Partition,
     state: &VpState,
@@ -219,7 +212,7 @@ pub fn translate(
     flags: u64,
 ) -> (u32, u64) {
     translate::gva_page(state, gva_page, flags, |gpa, to| {
-        read_guest(info, cpu, partition, gpa, to)
+        read_guest(cpu, partition, gpa, to)
     })
 }
 
@@ -393,10 +386,10 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
         Effect::HypercallPage(Some(gpa)) => {
             let page = scratch(number);
             child_msr::fill_hypercall_page(page, info.vendor);
-            write_guest(info, number, partition, gpa, page);
+            write_guest(number, partition, gpa, page);
         }
         Effect::ReferenceTscPage(Some(_)) | Effect::ReferenceTime => {
-            write_reference_page(info, number, partition, run.core.state.tsc_offset);
+            write_reference_page(number, partition, run.core.state.tsc_offset);
         }
         Effect::SpeculationControl => switch::set_spec_ctrl(number, run.core),
         Effect::PredictionCommand(value) => {
@@ -420,13 +413,13 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
 }
 
 /// Writes guest memory that is mapped and writable; what is not mapped is left alone.
-fn write_guest(info: &BootInfo, cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) {
-    if let Some(spa) = partition.translate(info, gpa, true) {
+fn write_guest(cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) {
+    if let Some(spa) = partition.translate(gpa, true) {
         write_physical(cpu, Window::Guest, spa, from);
     }
 }
 
-fn write_reference_page(info: &BootInfo, cpu: u32, partition: &Partition, tsc_offset: u64) {
+fn write_reference_page(cpu: u32, partition: &Partition, tsc_offset: u64) {
     let mut inner = partition.inner.lock();
     let msr = inner.state.reference_tsc;
     let page = child_msr::reference_tsc_page(&mut inner.state, tsc_offset);
@@ -440,7 +433,7 @@ fn write_reference_page(info: &BootInfo, cpu: u32, partition: &Partition, tsc_of
     for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
         slot.copy_from_slice(&word.to_le_bytes());
     }
-    write_guest(info, cpu, partition, msr & !0xfff, bytes);
+    write_guest(cpu, partition, msr & !0xfff, bytes);
 }
 
 /// Whether the VP may make hypercalls in its mode, which is in `state` (TLFS 3.7).
@@ -506,9 +499,9 @@ pub fn xsetbv<H: ChildHardware>(run: &mut Run<'_, H>) {
 /// Takes the page-directory pointers from guest memory, as loads of control registers do. The error is the GPA of a table that
 /// is not mapped.
 fn load_pointers<H: ChildHardware>(run: &mut Run<'_, H>) -> Result<[u64; 4], u64> {
-    let (info, cpu, partition) = (run.info, run.cpu, run.partition());
+    let (cpu, partition) = (run.cpu, run.partition());
     let state = &run.core.state;
-    translate::pointers(state, |gpa, to| read_guest(info, cpu, partition, gpa, to))
+    translate::pointers(state, |gpa, to| read_guest(cpu, partition, gpa, to))
         .ok_or(translate::pointers_gpa(state))
 }
 
@@ -760,7 +753,6 @@ pub fn partition_property(state: &PartitionState, code: u32) -> Result<u64, HvSt
 
 /// SET_PARTITION_PROPERTY.
 pub fn set_property(
-    info: &BootInfo,
     cpu: u32,
     partition: &Partition,
     code: u32,
@@ -773,7 +765,7 @@ pub fn set_property(
     partition.changes.fetch_add(1, Ordering::Release);
     drop(inner);
     if effect == Effect::ReferenceTime {
-        write_reference_page(info, cpu, partition, offset);
+        write_reference_page(cpu, partition, offset);
     }
     Ok(())
 }

@@ -245,7 +245,7 @@ impl Call<'_> {
         };
         let size = page_size(input.unmap_flags & unmap::LARGE_PAGE != 0);
         self.page_reps(input.target_gpa_base, size, |_, gpa| {
-            target.unmap(self.info, gpa, size)
+            target.unmap(gpa, size)
         })
     }
 
@@ -267,13 +267,7 @@ impl Call<'_> {
             return Err(HvStatus::OPERATION_DENIED);
         }
         let target = partition::find(input.partition_id)?;
-        emulate::set_property(
-            self.info,
-            self.cpu,
-            &target,
-            input.property_code,
-            input.value,
-        )
+        emulate::set_property(self.cpu, &target, input.property_code, input.value)
     }
 
     fn get_property_ex(&self) -> Outcome {
@@ -414,7 +408,6 @@ impl Call<'_> {
         let target = partition::find(input.partition_id)?;
         let (_, core) = self.own(&target, input.vp_index)?;
         let (result_code, gpa_page) = emulate::translate(
-            self.info,
             self.cpu,
             &target,
             &core.state,

@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use hv_abi::boot::BootInfo;
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::status::HvStatus;
-use hv_x86::paging::PageSize;
+use hv_x86::paging::{PageSize, Translation};
 
 use crate::arch::memory::{Guard, SpinLock};
 use crate::arch::object::{Handle, Owned};
@@ -41,6 +41,8 @@ pub struct Inner {
     pub state: PartitionState,
     /// Deposited pages that are free.
     pub pool: PagePool,
+    /// Its second-level table while it is active.
+    slat: Option<Slat>,
 }
 
 /// A partition in its page.
@@ -153,6 +155,7 @@ pub fn create(info: &BootInfo, state: PartitionState) -> Result<u64, HvStatus> {
                 phase: Phase::Created,
                 state,
                 pool: PagePool::new(),
+                slat: None,
             }),
             slat: AtomicU64::new(0),
             generation: AtomicU64::new(0),
@@ -230,6 +233,7 @@ impl Partition {
         }
         let slat = Slat::new(info, &mut inner.pool)?;
         self.slat.store(slat.root(), Ordering::Release);
+        inner.slat = Some(slat);
         inner.phase = Phase::Active;
         Ok(())
     }
@@ -248,9 +252,9 @@ impl Partition {
                 self.free_vp(info, Handle::at(spa), &mut inner.pool);
             }
         }
-        let root = self.slat.swap(0, Ordering::AcqRel);
-        if root != 0 {
-            Slat::adopt(info, root)?.destroy(&mut inner.pool);
+        self.slat.store(0, Ordering::Release);
+        if let Some(slat) = inner.slat.take() {
+            slat.destroy(&mut inner.pool);
         }
         // No VP runs and none ever will: nobody walks the tables any more.
         inner.pool.release();
@@ -403,18 +407,18 @@ impl Partition {
             return Err(HvStatus::ACCESS_DENIED);
         }
         let mut inner = self.lock_for_change();
-        let mut slat = self.slat_table(info)?;
-        if slat.map_page(&mut inner.pool, gpa, spa, page)? {
+        let (slat, pool) = inner.table()?;
+        if slat.map_page(pool, gpa, spa, page)? {
             self.generation.fetch_add(1, Ordering::Release);
         }
         Ok(())
     }
 
     /// Unmaps one page.
-    pub fn unmap(&self, info: &BootInfo, gpa: u64, size: PageSize) -> Result<(), HvStatus> {
+    pub fn unmap(&self, gpa: u64, size: PageSize) -> Result<(), HvStatus> {
         let mut inner = self.lock_for_change();
-        let mut slat = self.slat_table(info)?;
-        slat.unmap_page(&mut inner.pool, gpa, size)?;
+        let (slat, pool) = inner.table()?;
+        slat.unmap_page(pool, gpa, size)?;
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
     }
@@ -430,18 +434,25 @@ impl Partition {
         inner
     }
 
-    /// SPA behind a GPA, if it is mapped with the rights.
-    pub fn translate(&self, info: &BootInfo, gpa: u64, write: bool) -> Option<u64> {
+    /// What is behind a GPA, if it is mapped.
+    pub fn lookup(&self, gpa: u64) -> Option<Translation> {
         let inner = self.inner.lock();
-        let slat = self.slat_table(info).ok()?;
-        let t = slat.lookup(&inner.pool, gpa)?;
-        (t.attributes.read && (!write || t.attributes.write)).then_some(t.spa)
+        let found = inner.slat.as_ref()?.lookup(&inner.pool, gpa);
+        found.filter(|found| found.attributes.read)
     }
 
-    fn slat_table(&self, info: &BootInfo) -> Result<Slat, HvStatus> {
-        match self.slat.load(Ordering::Acquire) {
-            0 => Err(HvStatus::INVALID_PARTITION_STATE),
-            root => Slat::adopt(info, root),
+    /// SPA behind a GPA, if it is mapped with the rights.
+    pub fn translate(&self, gpa: u64, write: bool) -> Option<u64> {
+        let found = self.lookup(gpa)?;
+        (!write || found.attributes.write).then_some(found.spa)
+    }
+}
+
+impl Inner {
+    fn table(&mut self) -> Result<(&mut Slat, &mut PagePool), HvStatus> {
+        match &mut self.slat {
+            Some(slat) => Ok((slat, &mut self.pool)),
+            None => Err(HvStatus::INVALID_PARTITION_STATE),
         }
     }
 }

@@ -83,11 +83,7 @@ fn rep_call_tells_how_far_it_got() {
             root.reps(code::MAP_GPA_PAGES, head, &list),
             (HvStatus::ACCESS_DENIED, 2)
         );
-        let inner = |gpa| {
-            find(id)
-                .expect("it lives")
-                .translate(root.machine.info(), gpa, true)
-        };
+        let inner = |gpa| find(id).expect("it lives").translate(gpa, true);
         assert_eq!(inner(0x20_0000), Some(KEPT));
         assert_eq!(inner(0x20_1000), Some(KEPT));
         assert_eq!(inner(0x20_2000), None);
