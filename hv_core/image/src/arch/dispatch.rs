@@ -16,7 +16,7 @@ use crate::vp::{Vp, VpCore};
 pub trait WorldSwitch {
     /// Its control structure.
     type Hardware: ChildHardware;
-    /// CR2 and DR6 of a child stay in the registers at an exit (VT-x).
+    /// CR2 and DR6 stay in the registers at an exit (VT-x). AMD-V has those of both worlds in their VMCBs (APM 15.5.1).
     const IN_REGISTERS: bool;
 
     /// The structure of a VP, made usable on this CPU; `slat` is the partition's second-level table.
@@ -87,7 +87,7 @@ pub fn dispatch<W: WorldSwitch>(
             drop(run);
             let other = area.last_partition != partition_id;
             area.last_partition = partition_id;
-            switch::to_child(area, &core, other);
+            switch::to_child(area, &core, other, W::IN_REGISTERS);
             W::to_child(area, &mut core);
             area.current = address;
             area.last_child = address;

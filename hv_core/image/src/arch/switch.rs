@@ -83,6 +83,18 @@ debug_register!(dr2, set_dr2, "dr2");
 debug_register!(dr3, set_dr3, "dr3");
 debug_register!(dr6, set_dr6, "dr6");
 
+fn cr2() -> u64 {
+    let value;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nomem, nostack)) };
+    value
+}
+
+fn set_cr2(value: u64) {
+    // SAFETY: CR2 means nothing to the image.
+    unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack)) };
+}
+
 /// The root's part of the switched state, in a page of the CPU's block.
 #[repr(C)]
 struct RootState {
@@ -196,18 +208,15 @@ fn barriers_to_root(root: &RootState, core: &VpCore) {
     }
 }
 
-/// From the root to a child. `other`: the child that this CPU ran last is of another partition.
-pub fn to_child(area: &CpuArea, core: &VpCore, other: bool) {
+/// From the root to a child. `other`: the child that this CPU ran last is of another partition. `in_registers`: CR2 and DR6 are
+/// not in the control structures.
+#[inline(always)]
+pub fn to_child(area: &CpuArea, core: &VpCore, other: bool, in_registers: bool) {
     // SAFETY: the page belongs to this CPU; the image runs on it.
     let root = unsafe { &mut *root_state(area.cpu) };
     root.xcr0 = xgetbv();
     root.tsc_aux = rdmsr(TSC_AUX);
     root.dr = [dr0(), dr1(), dr2(), dr3()];
-    root.dr6 = dr6();
-    let cr2: u64;
-    // SAFETY: reads a register.
-    unsafe { asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
-    root.cr2 = cr2;
     let mask = root.xcr0 & CHILD_XCR0;
     // SAFETY: both areas are pages of the hypervisor; the child's is always a valid standard image: made by
     // XSAVE or checked when the VMM set it. XCR0 is the root's, which has all of `mask`.
@@ -222,16 +231,19 @@ pub fn to_child(area: &CpuArea, core: &VpCore, other: bool) {
     set_dr1(b);
     set_dr2(c);
     set_dr3(d);
-    // AMD-V has DR6 and CR2 in the VMCB; loading them here too costs two instructions.
-    set_dr6(core.state.dr6);
-    // SAFETY: CR2 means nothing to the image.
-    unsafe { asm!("mov cr2, {}", in(reg) core.state.cr2, options(nomem, nostack)) };
+    if in_registers {
+        root.dr6 = dr6();
+        root.cr2 = cr2();
+        set_dr6(core.state.dr6);
+        set_cr2(core.state.cr2);
+    }
     if boot().mitigations != 0 {
         barriers_to_child(root, core, other);
     }
 }
 
-/// From a child to the root. `keep_cr2_dr6`: VT-x leaves the child's values in the registers.
+/// From a child to the root.
+#[inline(always)]
 pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
     // SAFETY: as in `to_child`.
     let root = unsafe { &mut *root_state(area.cpu) };
@@ -241,10 +253,9 @@ pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
     core.state.dr = [dr0(), dr1(), dr2(), dr3()];
     if in_registers {
         core.state.dr6 = dr6();
-        let cr2: u64;
-        // SAFETY: reads a register.
-        unsafe { asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
-        core.state.cr2 = cr2;
+        core.state.cr2 = cr2();
+        set_dr6(root.dr6);
+        set_cr2(root.cr2);
     }
     set_xcr0(core.state.xcr0, root.xcr0);
     set_tsc_aux(core.state.tsc_aux, root.tsc_aux);
@@ -259,9 +270,6 @@ pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
     set_dr1(b);
     set_dr2(c);
     set_dr3(d);
-    set_dr6(root.dr6);
-    // SAFETY: CR2 means nothing to the image.
-    unsafe { asm!("mov cr2, {}", in(reg) root.cr2, options(nomem, nostack)) };
 }
 
 /// Host TSC.
