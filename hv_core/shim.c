@@ -24,6 +24,7 @@
 #include <linux/smp.h>
 #include <linux/string.h>
 #include <linux/suspend.h>
+#include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 #include <linux/workqueue.h>
 #include <asm/apic.h>
@@ -563,19 +564,28 @@ bool hv_sys_large_code_pages_are_unsafe(void)
 	return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT);
 }
 
+/* The words of a message, which sys.rs asserts. copy_to_user would take longer to check what it is given than to copy it. */
+#define MESSAGE_WORDS 18
+
+int hv_sys_write_message(unsigned long to, const u64 *from);
+int hv_sys_write_message(unsigned long to, const u64 *from)
+{
+	u64 __user *words = (u64 __user *)to;
+	unsigned int i;
+
+	if (!user_write_access_begin(words, MESSAGE_WORDS * 8))
+		return -EFAULT;
+#pragma GCC unroll 18
+	for (i = 0; i < MESSAGE_WORDS; i++)
+		unsafe_put_user(READ_ONCE(from[i]), words + i, fault);
+	user_write_access_end();
+	return 0;
+fault:
+	user_write_access_end();
+	return -EFAULT;
+}
+
 /* Scheduling around a virtual processor. */
-void hv_sys_preempt_disable(void);
-void hv_sys_preempt_disable(void)
-{
-	preempt_disable();
-}
-
-void hv_sys_preempt_enable(void);
-void hv_sys_preempt_enable(void)
-{
-	preempt_enable();
-}
-
 bool hv_sys_must_reschedule(void);
 bool hv_sys_must_reschedule(void)
 {

@@ -67,8 +67,6 @@ mod ffi {
         pub(super) fn hv_sys_unpin_pages(pages: *mut *mut c_void, count: c_ulong, dirty: bool);
         pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
         pub(super) fn hv_sys_large_code_pages_are_unsafe() -> bool;
-        pub(super) fn hv_sys_preempt_disable();
-        pub(super) fn hv_sys_preempt_enable();
         pub(super) fn hv_sys_machine_check();
         pub(super) fn hv_sys_must_reschedule() -> bool;
         pub(super) fn hv_sys_guest_mode_work() -> c_int;
@@ -85,6 +83,7 @@ mod ffi {
             data: *mut c_void,
         ) -> c_int;
         pub(super) fn hv_sys_time() -> u64;
+        pub(super) fn hv_sys_write_message(to: c_ulong, from: *const u64) -> c_int;
         pub(super) fn hv_sys_alarm_new() -> *mut c_void;
         pub(super) fn hv_sys_alarm_free(alarm: *mut c_void);
         pub(super) fn hv_sys_alarm_set(alarm: *mut c_void, nanoseconds: u64);
@@ -568,25 +567,6 @@ pub(crate) fn large_code_pages_are_unsafe() -> bool {
     unsafe { ffi::hv_sys_large_code_pages_are_unsafe() }
 }
 
-/// Preemption is off while it lives.
-pub(crate) struct PreemptOff(());
-
-impl PreemptOff {
-    /// Switches preemption off.
-    pub(crate) fn new() -> Self {
-        // SAFETY: paired with the drop in the same thread.
-        unsafe { ffi::hv_sys_preempt_disable() };
-        Self(())
-    }
-}
-
-impl Drop for PreemptOff {
-    fn drop(&mut self) {
-        // SAFETY: switched off by `new`.
-        unsafe { ffi::hv_sys_preempt_enable() };
-    }
-}
-
 /// What must be done before a thread runs a guest: rescheduling, task work. `EINTR` if a signal waits.
 pub(crate) fn guest_mode_work() -> Result {
     // SAFETY: process context, interrupts on.
@@ -650,6 +630,16 @@ pub(crate) fn call_on_one_cpu<F: Fn() + Sync>(cpu: u32, call: F) -> Result {
 pub(crate) fn time() -> u64 {
     // SAFETY: no precondition.
     unsafe { ffi::hv_sys_time() }
+}
+
+/// Copies a message to user space, or as much of it as goes: `EFAULT` if that is not all.
+///
+/// # Safety
+/// `message` must be as long as [`message::WORDS`](crate::abi::partition::message::WORDS) says.
+pub(crate) unsafe fn write_message(address: usize, message: *const u64) -> Result {
+    const { assert!(crate::abi::partition::message::WORDS == 18) };
+    // SAFETY: by the caller's promise; the function checks the address.
+    kernel::error::to_result(unsafe { ffi::hv_sys_write_message(address as c_ulong, message) })
 }
 
 /// Something one thread sleeps on, with a timer. Anybody may wake it, in any context.

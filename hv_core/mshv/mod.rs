@@ -73,13 +73,6 @@ fn write<T: AsBytes>(address: usize, value: &T) -> Result {
         .write(value)
 }
 
-/// Copies bytes to user space.
-fn write_bytes(address: usize, bytes: &[u8]) -> Result {
-    UserSlice::new(UserPtr::from_addr(address), bytes.len())
-        .writer()
-        .write_slice(bytes)
-}
-
 /// An address that user space gave as a number.
 fn address(number: u64) -> Result<usize> {
     usize::try_from(number).map_err(|_| EFAULT)

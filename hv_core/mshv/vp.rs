@@ -7,7 +7,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::uaccess::{UserPtr, UserSlice};
 
-use super::{address, hvcall, read, uapi, write, write_bytes};
+use super::{address, hvcall, read, uapi, write};
 use crate::root::{Partition, StateKind, Vp};
 use crate::sys;
 
@@ -41,9 +41,7 @@ impl VpFile {
     /// One ioctl.
     pub(super) fn ioctl(&self, command: u32, argument: usize) -> Result {
         match command {
-            uapi::RUN_VP => self
-                .vp()
-                .run(&self.partition, |message| write_bytes(argument, message)),
+            uapi::RUN_VP => self.vp().run(&self.partition, argument),
             uapi::GET_VP_STATE => self.state(argument, false),
             uapi::SET_VP_STATE => self.state(argument, true),
             uapi::ROOT_HVCALL => hvcall::on_vp(&self.partition, self.vp(), argument),

@@ -4,12 +4,14 @@
 //! They are matched when the VP leaves with the write, before the VMM sees it. What cannot be finished here (an
 //! instruction that is not a plain store, string I/O) goes to the VMM as if there were no doorbell.
 
+use core::sync::atomic::Ordering;
+
 use kernel::prelude::*;
 
 use super::partition::Partition;
 use super::vp::{quad, word, Message, Vp, PAYLOAD};
-use crate::abi::hypercall::PortWrite;
-use crate::sys::EventFd;
+use crate::abi::hypercall::{PortSet, PortWrite};
+use crate::sys::{self, EventFd};
 use crate::x86::access::{decode, Access, Mode, Operation, Source};
 
 /// Doorbells of one partition: nobody needs more.
@@ -82,6 +84,14 @@ impl Doorbells {
             .map_err(|_| ENOMEM)
     }
 
+    /// Their ports. Addresses that are none do no harm.
+    fn ports(&self) -> PortSet {
+        let ports = self.0.iter().filter(|bell| bell.port);
+        ports.fold(PortSet::default(), |set, bell| {
+            set.with(bell.address as u16)
+        })
+    }
+
     /// Clients do not repeat length and data: without data in the request, place and event decide.
     fn remove(&mut self, like: &DoorbellRequest) -> Result<DoorbellRequest> {
         let index = self.0.iter().position(|bell| {
@@ -100,7 +110,15 @@ impl Partition {
             let mut bells = self.doorbells.lock();
             let count = bells.0.len();
             if count < bells.0.capacity() || count >= MOST {
-                return bells.add(bell);
+                bells.add(bell)?;
+                let new = bells.ports().to_value();
+                let old = self.ports.swap(new, Ordering::SeqCst);
+                drop(bells);
+                if new != old {
+                    // No VP runs any more that was dispatched with the old set.
+                    sys::call_on_each_cpu(|| {});
+                }
+                return Ok(());
             }
             drop(bells);
             // Memory is taken without the lock, which VPs take with interrupts off.
@@ -118,8 +136,12 @@ impl Partition {
 
     /// Removes a doorbell; `ENOENT` if there is none like it.
     pub(crate) fn remove_doorbell(&self, like: &DoorbellRequest) -> Result {
+        let mut bells = self.doorbells.lock();
+        let removed = bells.remove(like);
+        self.ports
+            .store(bells.ports().to_value(), Ordering::Relaxed);
+        drop(bells);
         // Dropped without the lock.
-        let removed = self.doorbells.lock().remove(like);
         removed.map(drop)
     }
 
@@ -131,10 +153,10 @@ impl Partition {
         if bells.is_empty() || quad(message, PAYLOAD + 32) & TRAP_FLAG != 0 {
             return Ok(None);
         }
-        let count = usize::from(message[PAYLOAD + 44]).min(16);
-        let bytes = message
-            .get(PAYLOAD + 64..PAYLOAD + 64 + count)
-            .unwrap_or(&[]);
+        let count = (word(message, PAYLOAD + 44) & 0xff).min(16) as usize;
+        let (low, high) = (quad(message, PAYLOAD + 64), quad(message, PAYLOAD + 72));
+        let bytes = (u128::from(low) | u128::from(high) << 64).to_le_bytes();
+        let bytes = bytes.get(..count).unwrap_or(&[]);
         let Some(Access {
             length,
             size,

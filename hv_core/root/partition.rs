@@ -2,7 +2,7 @@
 //! A partition: its life in the image, its virtual processors, and everything that hangs on it.
 
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use kernel::mm::Mm;
 use kernel::prelude::*;
@@ -51,6 +51,8 @@ pub(crate) struct Partition {
     pub(super) sizes: Sizes,
     #[pin]
     pub(super) doorbells: SpinLock<Doorbells>,
+    /// A [`PortSet`](crate::abi::hypercall::PortSet): those of the doorbells. Written with their lock held.
+    pub(super) ports: AtomicU64,
     #[pin]
     pub(super) interrupts: Mutex<Interrupts>,
     /// Owned; each is set once.
@@ -151,6 +153,7 @@ impl Partition {
                 memory <- new_mutex!(Memory::new()),
                 sizes: Sizes::default(),
                 doorbells <- new_spinlock!(Doorbells::new()),
+                ports: AtomicU64::new(0),
                 interrupts <- new_mutex!(Interrupts::new()),
                 vps,
                 vp_limit: AtomicU32::new(0),
@@ -244,6 +247,11 @@ impl Partition {
         for vp in self.all_vps() {
             vp.detach_from(self, cpu);
         }
+    }
+
+    /// What a dispatch says of the ports of the doorbells.
+    pub(super) fn ports(&self) -> u64 {
+        self.ports.load(Ordering::Relaxed)
     }
 
     /// A fast call about a VP of the partition.

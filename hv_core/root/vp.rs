@@ -26,7 +26,7 @@ use crate::abi::partition::{
     access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
 };
 use crate::abi::partition::{property, VpRegisters};
-use crate::sys::{self, Alarm, IrqsOff, Pages, PreemptOff};
+use crate::sys::{self, Alarm, IrqsOff, Pages};
 
 /// Nanoseconds after which a run goes back to user space.
 const RUN_BOUND: u64 = 50_000_000;
@@ -37,8 +37,8 @@ const NOWHERE: u32 = u32::MAX;
 /// Largest state that goes by page number.
 const STATE_PAGES: usize = 16;
 
-/// One message of a VP, as bytes.
-pub(crate) type Message = [u8; message::BYTES];
+/// One message of a VP.
+pub(crate) type Message = [u64; message::WORDS];
 
 /// A virtual processor. Its memory lives as long as its partition.
 #[pin_data]
@@ -66,15 +66,13 @@ pub(crate) struct Vp {
 /// What belongs to the thread that works on the VP.
 struct Busy {
     armed: Armed,
-    /// Copy of the last message, out of reach of user space.
+    /// Copy of the last message that may be finished here, out of reach of user space.
     message: Message,
 }
 
 /// What the alarm was last set to.
 #[derive(Clone, Copy)]
 struct Armed {
-    /// When it fires, in nanoseconds of [`sys::time`].
-    at: u64,
     /// The VP's deadline that went into it.
     deadline: u64,
     /// CPU whose timer it is.
@@ -88,8 +86,8 @@ impl Vp {
             try_pin_init!(Self {
                 index,
                 busy <- new_mutex!(Busy {
-                    armed: Armed { at: 0, deadline: 0, cpu: NOWHERE },
-                    message: [0; message::BYTES],
+                    armed: Armed { deadline: 0, cpu: NOWHERE },
+                    message: [0; message::WORDS],
                 }),
                 alarm: Alarm::new()?,
                 registers: Pages::new(0)?,
@@ -177,29 +175,31 @@ impl Vp {
         call()
     }
 
-    /// Runs it until it has a message for the VMM, which `deliver` gets. `EINTR` when a signal waits or after a while.
-    pub(crate) fn run(
-        &self,
-        partition: &Partition,
-        deliver: impl FnOnce(&[u8]) -> Result,
-    ) -> Result {
+    /// Runs it until it has a message for the VMM, which is written to `address` in user space. `EINTR` when a signal waits or
+    /// after a while.
+    pub(crate) fn run(&self, partition: &Partition, address: usize) -> Result {
         let mut busy = self.busy.lock();
         let busy = &mut *busy;
         partition.check_caller()?;
-        let bound = sys::time().saturating_add(RUN_BOUND);
-        let result = self.run_until(partition, bound, &mut busy.armed, &mut busy.message);
+        let result = self.run_until(partition, &mut busy.armed, &mut busy.message);
         sys::guest_mode_end();
-        result?;
-        deliver(used(&busy.message))
+        let message = match result? {
+            Place::Copy => busy.message.as_ptr(),
+            Place::Page => self.message.address().cast(),
+        };
+        // SAFETY: both are longer than a message and live as long as `busy` is locked. User space may write to the page
+        // meanwhile: nobody here looks at what comes of it.
+        unsafe { sys::write_message(address, message) }
     }
 
     fn run_until(
         &self,
         partition: &Partition,
-        mut bound: u64,
         armed: &mut Armed,
         message: &mut Message,
-    ) -> Result {
+    ) -> Result<Place> {
+        // Known from the first time on that anybody asks. Until then an alarm that was set for an earlier run goes off earlier.
+        let mut bound = None;
         // When the VP stopped, if it was dispatched yet.
         let mut stopped = None;
         // Length of the instruction that the last message was about and that was completed here.
@@ -213,39 +213,49 @@ impl Vp {
                 if let Some(stopped) = stopped {
                     let now = sys::time();
                     let pause = now.saturating_sub(stopped);
+                    let end = run_end(&mut bound);
                     if pause > PAUSE {
-                        bound = bound.saturating_add(pause);
+                        *end = end.saturating_add(pause);
                     }
-                    if now >= bound {
+                    if now >= *end {
                         return Err(EINTR);
                     }
                 }
             }
-            let (event, left) = self.dispatch(partition, bound, armed, step)?;
+            let (event, left) = self.dispatch(partition, &mut bound, armed, step)?;
             step = left;
             match event {
-                DispatchEvent::Halted | DispatchEvent::WaitForSipi => self.sleep(bound, armed)?,
+                DispatchEvent::Halted | DispatchEvent::WaitForSipi => {
+                    self.sleep(&mut bound, armed)?;
+                }
                 DispatchEvent::Signal => partition.scan_signals(),
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
                     self.copy_message(message);
                     match self.finish_intercept(partition, message)? {
                         Some(length) => step = length,
-                        None => return self.show(partition),
+                        None => {
+                            self.show(partition)?;
+                            return Ok(Place::Copy);
+                        }
                     }
                 }
                 // No doorbell.
                 DispatchEvent::PortWrite => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
                     self.show(partition)?;
-                    self.copy_message(message);
-                    return Ok(());
+                    return Ok(Place::Page);
+                }
+                DispatchEvent::Message => {
+                    self.intercepts.fetch_add(1, Ordering::Relaxed);
+                    return Ok(Place::Page);
                 }
                 DispatchEvent::Interrupt
                 | DispatchEvent::Deadline
                 | DispatchEvent::MachineCheck => {}
             }
             stopped = Some(sys::time());
+            run_end(&mut bound);
         }
     }
 
@@ -263,28 +273,29 @@ impl Vp {
     fn dispatch(
         &self,
         partition: &Partition,
-        bound: u64,
+        bound: &mut Option<u64>,
         armed: &mut Armed,
         step: u8,
     ) -> Result<(DispatchEvent, u8)> {
-        let at = |step: u8| u64::from(self.index) | u64::from(step) << 32;
+        let at = |step: u8| u64::from(self.index) | u64::from(step) << 32 | partition.ports();
         let mut left = 0;
         let answer = loop {
-            let preempt = PreemptOff::new();
-            let cpu = sys::this_cpu();
-            let last = self.last_cpu.load(Ordering::Relaxed);
-            if last != cpu && last != NOWHERE {
-                drop(preempt);
-                self.detach(partition);
-                continue;
-            }
-            self.last_cpu.store(cpu, Ordering::Relaxed);
             // From here on an interrupt, so a kick too, waits and ends the run of the child at once.
             let irqs = IrqsOff::new();
+            let cpu = sys::this_cpu();
+            let last = self.last_cpu.load(Ordering::Relaxed);
+            if last != cpu {
+                if last != NOWHERE {
+                    drop(irqs);
+                    self.detach(partition);
+                    continue;
+                }
+                self.last_cpu.store(cpu, Ordering::Relaxed);
+            }
             self.running_cpu.store(cpu, Ordering::SeqCst);
             fence(Ordering::SeqCst);
             self.kicked.store(false, Ordering::SeqCst);
-            self.set_alarm(bound, armed);
+            self.set_alarm(cpu, bound, armed);
             // A doorbell is rung without enabling interrupts: one that came ends the next run at once.
             let mut answer = partition.fast(code::DISPATCH_VP, at(step));
             while let Some(write) = PortWrite::from_value(answer.value) {
@@ -312,33 +323,23 @@ impl Vp {
     }
 
     /// Makes sure that the alarm fires at the end of the run or at the VP's next timer, or before: then it is set again.
-    fn set_alarm(&self, bound: u64, armed: &mut Armed) {
+    fn set_alarm(&self, cpu: u32, bound: &mut Option<u64>, armed: &mut Armed) {
         let deadline = self.run_page().deadline.load(Ordering::Relaxed);
-        let cpu = sys::this_cpu();
-        if armed.cpu == cpu
-            && armed.deadline == deadline
-            && armed.at <= bound
-            && !self.alarm.fired()
-        {
+        if armed.cpu == cpu && armed.deadline == deadline && !self.alarm.fired() {
             return;
         }
-        let now = sys::time();
-        let rest = bound.saturating_sub(now);
+        let rest = run_end(bound).saturating_sub(sys::time());
         // A fresh page says 0: no deadline was set yet.
         let rest = match deadline {
             0 | u64::MAX => rest,
             _ => rest.min(sys::nanoseconds_until(deadline)),
         };
         self.alarm.set(rest);
-        *armed = Armed {
-            at: now.saturating_add(rest),
-            deadline,
-            cpu,
-        };
+        *armed = Armed { deadline, cpu };
     }
 
     /// Sleeps until somebody kicks it, or its next timer or the end of the run comes.
-    fn sleep(&self, bound: u64, armed: &mut Armed) -> Result {
+    fn sleep(&self, bound: &mut Option<u64>, armed: &mut Armed) -> Result {
         // Whatever it was set to may have ended before the reset.
         armed.cpu = NOWHERE;
         self.alarm.reset();
@@ -347,7 +348,7 @@ impl Vp {
         {
             return Ok(());
         }
-        self.set_alarm(bound, armed);
+        self.set_alarm(sys::this_cpu(), bound, armed);
         self.alarm.wait()
     }
 
@@ -382,18 +383,10 @@ impl Vp {
     /// Copies the message that the VP left.
     fn copy_message(&self, copy: &mut Message) {
         let page = self.message.address().cast::<u64>();
-        let mut words = copy.len() / 8;
-        for (index, to) in copy.chunks_exact_mut(8).enumerate() {
-            if index >= words {
-                break;
-            }
+        for (index, to) in copy.iter_mut().enumerate() {
             // SAFETY: the page lives as long as `self` and is longer than a message. User space may write to it meanwhile, so
             // it is copied once (a torn copy is only wrong data), and only the copy is looked at.
-            let word = unsafe { page.add(index).read_volatile() };
-            to.copy_from_slice(&word.to_le_bytes());
-            if index == 0 {
-                words = (PAYLOAD + payload_size(word)).div_ceil(8);
-            }
+            *to = unsafe { page.add(index).read_volatile() };
         }
     }
 
@@ -403,7 +396,7 @@ impl Vp {
         Ok(match word(copy, 0) {
             message::UNMAPPED_GPA | message::GPA_INTERCEPT => {
                 let gpa = quad(copy, PAYLOAD + 56);
-                let kind = copy[PAYLOAD + 5];
+                let kind = word(copy, PAYLOAD + 5) as u8;
                 match partition.fault(gpa >> 12, kind)? {
                     Fault::Mapped => Some(0),
                     Fault::Broken => {
@@ -427,7 +420,7 @@ impl Vp {
     }
 
     fn rename_message(&self, copy: &mut Message, message_type: u32) {
-        copy[..4].copy_from_slice(&message_type.to_le_bytes());
+        copy[0] = copy[0] & !0xffff_ffff | u64::from(message_type);
         // SAFETY: the page lives as long as `self`; nothing in the kernel reads it back without a check.
         unsafe {
             self.message
@@ -555,31 +548,32 @@ impl Vp {
     }
 }
 
+/// When a run ends, in nanoseconds of [`sys::time`].
+fn run_end(bound: &mut Option<u64>) -> &mut u64 {
+    bound.get_or_insert_with(|| sys::time().saturating_add(RUN_BOUND))
+}
+
+/// Where the message of a VP is.
+enum Place {
+    /// In [`Busy::message`].
+    Copy,
+    /// In the page that user space may map, where nobody looked at it.
+    Page,
+}
+
 /// Offset of the payload in a message.
 pub(super) const PAYLOAD: usize = 16;
 
-/// Bytes of the payload, of which the first word of a message tells.
-fn payload_size(first: u64) -> usize {
-    (first >> 32 & 0xff) as usize
-}
-
-/// The message without what is behind its payload.
-fn used(message: &Message) -> &[u8] {
-    let length = PAYLOAD + payload_size(quad(message, 0));
-    message.get(..length).unwrap_or(message)
-}
-
-/// The u32 at `offset`, 0 outside.
+/// The u32 at `offset`, 0 outside. It does not cross a multiple of 8.
 pub(super) fn word(message: &Message, offset: usize) -> u32 {
     quad(message, offset) as u32
 }
 
-/// The u64 at `offset`, 0 outside.
+/// The u64 at `offset`, 0 outside: without what is beyond the next multiple of 8.
 pub(super) fn quad(message: &Message, offset: usize) -> u64 {
-    let bytes = message
-        .get(offset..offset + 8)
-        .and_then(|bytes| bytes.try_into().ok());
-    bytes.map_or(0, u64::from_le_bytes)
+    message
+        .get(offset / 8)
+        .map_or(0, |word| word >> (offset % 8 * 8))
 }
 
 /// `MSHV_VP_STATE_*`.

@@ -93,13 +93,14 @@ pub mod state_page {
 
 /// Why [`code::DISPATCH_VP`] came back, in RDX. The call takes the partition in RDX (the fast form, to spare the image the
 /// input page) and in R8 the VP in bits 31:0; bits 39:32 are the length of the instruction that the last message was
-/// about, if the root has completed it: the VP goes on behind it. 0 if not.
+/// about, if the root has completed it: the VP goes on behind it. 0 if not; bits 55:40 are a [`PortSet`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum DispatchEvent {
     /// A physical interrupt or NMI waits for the root: take it and dispatch again.
     Interrupt = 0,
-    /// The intercept message page holds a message for the VMM.
+    /// The intercept message page holds a message: the root finishes it, or has the register page filled by
+    /// [`private::SHOW_REGISTERS`] for the VMM.
     Intercept = 1,
     /// The VP halted: sleep until a signal or the deadline of the run page.
     Halted = 2,
@@ -109,11 +110,13 @@ pub enum DispatchEvent {
     Signal = 4,
     /// The deadline in the run page changed: program the timer, then dispatch again.
     Deadline = 5,
-    /// The VP wrote to a port, and nothing else is of note: see [`PortWrite`]. The root either completes it and dispatches
-    /// again, or has the message made by [`private::SHOW_REGISTERS`].
+    /// The VP wrote to a port of the [`PortSet`]: see [`PortWrite`]. The root either completes it and dispatches again, or has
+    /// the message made by [`private::SHOW_REGISTERS`].
     PortWrite = 6,
     /// A machine check ended the run: the root's handler has to see it before anything else runs on this CPU.
     MachineCheck = 7,
+    /// The intercept message page holds a message for the VMM, and the register page is filled.
+    Message = 8,
 }
 
 impl DispatchEvent {
@@ -128,6 +131,7 @@ impl DispatchEvent {
             5 => Self::Deadline,
             6 => Self::PortWrite,
             7 => Self::MachineCheck,
+            8 => Self::Message,
             _ => return None,
         })
     }
@@ -170,6 +174,39 @@ impl PortWrite {
     }
 }
 
+/// Ports whose writes the root may be able to complete itself, some others among them: for one of 16 bits, all ports with the
+/// same exclusive or of their digits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortSet(u16);
+
+impl PortSet {
+    const fn bit(port: u16) -> u16 {
+        let half = port ^ port >> 8;
+        1 << ((half ^ half >> 4) & 15)
+    }
+
+    /// The set and a port.
+    #[must_use]
+    pub const fn with(self, port: u16) -> Self {
+        Self(self.0 | Self::bit(port))
+    }
+
+    /// Whether a port is in it.
+    pub const fn has(self, port: u16) -> bool {
+        self.0 & Self::bit(port) != 0
+    }
+
+    /// In R8 of [`code::DISPATCH_VP`].
+    pub const fn to_value(self) -> u64 {
+        (self.0 as u64) << 40
+    }
+
+    /// From R8.
+    pub const fn from_value(value: u64) -> Self {
+        Self((value >> 40) as u16)
+    }
+}
+
 /// A page per VP that the root gives with [`code::MAP_VP_STATE_PAGE`] and only its kernel sees.
 #[repr(C, align(4096))]
 pub struct VpRunPage {
@@ -204,8 +241,9 @@ pub mod private {
     /// root calls it before it dispatches the VP on another CPU, before the CPU goes offline, and before
     /// the partition is finalized.
     pub const DETACH_VP: u16 = 0xf004;
-    /// Fills the register page of a VP (partition in RDX, index in R8), which nobody runs. Fast. The image does not do it at
-    /// each message, because the root finishes many of them itself.
+    /// Fills the register page of a VP (partition in RDX, index in R8), which nobody runs, and its message page if it left with
+    /// [`DispatchEvent::PortWrite`](super::DispatchEvent). Fast. The image does not do it at each message, because the root
+    /// finishes many of them itself.
     pub const SHOW_REGISTERS: u16 = 0xf005;
 }
 
@@ -221,4 +259,43 @@ pub mod fault {
     pub const MACHINE_CHECK: u64 = 3;
     /// CPUID leaf that provokes the fault of its subleaf where the call is allowed, so that a user program can.
     pub const LEAF: u32 = 0x4000_00ff;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn port_set_has_what_was_put_in_and_little_else() {
+        let (none, value) = (
+            PortSet::default(),
+            PortSet::default().with(0x510).to_value(),
+        );
+        assert_eq!((none.to_value(), value & 0xff_ffff_ffff), (0, 0));
+        assert_eq!(value >> 56, 0);
+        let set = PortSet::from_value(value | 0xff << 56 | 0xff_ffff_ffff);
+        let others = (0..=u16::MAX).filter(|port| set.has(*port)).count();
+        assert_eq!(others, 0x1_0000 / 16);
+        assert!(set.has(0x510) && !set.has(0x520) && !set.has(0x511) && !none.has(0x510));
+        let both = set.with(0x64);
+        assert!(both.has(0x510) && both.has(0x64));
+    }
+
+    #[test]
+    fn port_write_survives_its_register() {
+        let write = PortWrite {
+            port: 0xfffe,
+            size: 4,
+            length: 15,
+            value: 0x8765_4321,
+        };
+        let value = write.to_value();
+        assert_eq!(PortWrite::from_value(value), Some(write));
+        let event = DispatchEvent::from_value(value);
+        assert_eq!(event, Some(DispatchEvent::PortWrite));
+        let message = DispatchEvent::Message as u64;
+        let event = DispatchEvent::from_value(message);
+        assert_eq!(event, Some(DispatchEvent::Message));
+        assert_eq!(PortWrite::from_value(message), None);
+    }
 }

@@ -342,8 +342,8 @@ pub mod message {
     pub const CPUID_INTERCEPT: u32 = 0x8001_0002;
     pub const EXCEPTION_INTERCEPT: u32 = 0x8001_0003;
     pub const APIC_EOI: u32 = 0x8001_0004;
-    /// Bytes of a message.
-    pub const BYTES: usize = 256;
+    /// Words of the longest message, header and payload: that about a port. The page of a VP's message has zeros behind them.
+    pub const WORDS: usize = (16 + size_of::<super::IoPortIntercept>()) / 8;
 }
 
 /// `enum hv_intercept_access_type`.

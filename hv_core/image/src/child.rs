@@ -4,20 +4,20 @@
 //! An exit is finished here where that is possible; otherwise the VP goes back to the root with a
 //! [`DispatchEvent`]. All of it is generic over the control structure ([`ChildHardware`]).
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use hv_abi::boot::BootInfo;
 use hv_abi::hypercall::{state_page, DispatchEvent, PortWrite, VpRunPage};
 use hv_x86::regs::rflags;
 
 use crate::apic::{DeliveryMode, Interrupt, IpiRequest, WriteEffect};
-use crate::arch::object::{page_bytes, shared, shared_read, shared_write};
+use crate::arch::object::{page_bytes, shared};
 use crate::arch::switch::rdtsc;
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child_emulate as emulate;
 use crate::messages;
 use crate::partition::{Partition, RUN_PAGE};
-use crate::register_page::{self, RegisterPage};
+use crate::register_page::{self, RegisterPage, Shown};
 use crate::vp::{Vp, VpCore};
 use crate::vp_state::VpState;
 
@@ -37,6 +37,9 @@ pub mod exception {
     pub const INTERCEPTED: u32 = 1 << DEBUG | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
 }
 
+/// The message page as far as it is used.
+type MessagePage = [AtomicU64; hv_abi::partition::message::WORDS];
+
 /// One VP on one CPU.
 pub struct Run<'a, H: ChildHardware> {
     /// Facts of the machine.
@@ -51,6 +54,16 @@ pub struct Run<'a, H: ChildHardware> {
     pub hardware: H,
     /// This CPU may have translations of another VP, or such as do not hold any more.
     pub first: bool,
+}
+
+/// What became of an exit without a full entry.
+pub enum Quick {
+    /// Not that simple.
+    No,
+    /// The VP goes on.
+    Done,
+    /// An access to a port.
+    Port,
 }
 
 /// What to do after an exit.
@@ -140,45 +153,50 @@ impl<H: ChildHardware> Run<'_, H> {
     /// Finishes an exit if it is a simple one and the VP can go on as it was: without interrupts, timers and changes to its
     /// registers.
     #[inline(always)]
-    pub fn finish_quickly(&mut self) -> bool {
+    pub fn finish_quickly(&mut self) -> Quick {
         if !self.is_quiet() || !self.hardware.is_undisturbed(self.core) {
-            return false;
+            return Quick::No;
         }
-        match self.hardware.quick_exit() {
+        let done = match self.hardware.quick_exit() {
             Some(QuickExit::Cpuid) => emulate::cpuid_quickly(self),
             Some(QuickExit::Hypercall) => emulate::hypercall_quickly(self),
             Some(QuickExit::MsrRead) => emulate::read_msr_quickly(self),
+            None if self.hardware.is_port() => return Quick::Port,
             None => false,
-        }
-    }
-
-    /// Leaves with a write to a port, under the same conditions.
-    #[inline(always)]
-    pub fn leave_quickly(&mut self) -> bool {
-        let Some(access) = self.hardware.quick_port_write() else {
-            return false;
         };
-        let quick = self.is_quiet() && self.hardware.is_undisturbed(self.core);
-        if quick {
-            self.core.port_write = Some(access);
+        if done {
+            Quick::Done
+        } else {
+            Quick::No
         }
-        quick
     }
 
-    /// Goes on behind the write to a port that the root completed, if nothing else has happened to the VP since it left.
+    /// Leaves with an access to a port under the same conditions, if it is no string.
+    #[inline(always)]
+    pub fn leave_quickly(&mut self) -> Option<DispatchEvent> {
+        let access = self.hardware.quick_port()?;
+        self.core.left_quickly = true;
+        Some(self.leave_port(access))
+    }
+
+    /// Goes on if nothing has happened to the VP since it left, but that the root completed its write to a port or the VMM
+    /// changed its general registers.
     #[inline(always)]
     pub fn resume_quickly(&mut self, step: u8) -> bool {
-        let quick = self.core.port_write.take().is_some()
-            && step != 0
+        let quick = core::mem::take(&mut self.core.left_quickly)
             && self.core.in_hardware
             && !self.core.dirty
             && !self.first
             && self.core.last_cpu == self.cpu
             && self.is_quiet();
-        if quick {
-            self.hardware.skip(self.core, step.into());
+        if !quick {
+            return false;
         }
-        quick
+        if step != 0 {
+            self.hardware.skip(self.core, step.into());
+            return true;
+        }
+        self.absorb_register_page()
     }
 
     /// Moves past the instruction of a quick exit, of `usual` bytes without prefixes.
@@ -344,7 +362,7 @@ impl<H: ChildHardware> Run<'_, H> {
     /// What RDX says to the root of an event.
     #[inline(always)]
     pub fn event_value(&self, event: DispatchEvent) -> u64 {
-        match self.core.port_write {
+        match self.core.port {
             Some(access) if event == DispatchEvent::PortWrite => PortWrite {
                 port: access.port,
                 size: access.size,
@@ -356,21 +374,43 @@ impl<H: ChildHardware> Run<'_, H> {
         }
     }
 
-    fn port(&mut self, access: IoAccess) -> Next {
-        if !access.is_in && !access.string {
-            // Whatever made this exit no quick one waits for a full entry.
-            self.core.quiet = false;
-            self.core.port_write = Some(access);
-            return Next::Root(DispatchEvent::PortWrite);
-        }
-        self.pull();
-        // Only a string access has anything in its bytes that the message does not say.
-        let bytes = if access.string {
-            emulate::instruction_bytes(self)
+    /// Leaves with an access to a port that is no string.
+    #[inline(always)]
+    fn leave_port(&mut self, access: IoAccess) -> DispatchEvent {
+        self.core.port = Some(access);
+        if !access.is_in && self.core.ports.has(access.port) {
+            DispatchEvent::PortWrite
         } else {
-            ([0; 16], 0)
+            DispatchEvent::Message
+        }
+    }
+
+    fn port(&mut self, access: IoAccess) -> Next {
+        if access.string {
+            // Only this has anything in its bytes that the message does not say.
+            let bytes = emulate::instruction_bytes(self);
+            return self.message(|run| {
+                let shown = Shown::of(&run.core.state);
+                port_message(run.vp.index, run.core, &shown, &access, bytes)
+            });
+        }
+        let event = self.leave_port(access);
+        if event == DispatchEvent::Message {
+            self.save_requeue();
+        }
+        Next::Root(event)
+    }
+
+    /// Fills the pages that the VMM sees. The extended state is in its area.
+    #[inline(always)]
+    pub fn show(&mut self) {
+        let shown = if self.core.in_hardware {
+            self.hardware.store_general(self.core);
+            self.hardware.shown(self.core)
+        } else {
+            Shown::of(&self.core.state)
         };
-        self.message(|run| port_message(run.vp.index, run.core, &access, bytes))
+        show(self.vp.index, self.core, &shown);
     }
 
     fn memory(&mut self, gpa: u64, write: bool, execute: bool, gva: Option<u64>) -> Next {
@@ -424,11 +464,7 @@ impl<H: ChildHardware> Run<'_, H> {
     fn message(&mut self, make: impl FnOnce(&Self) -> messages::Message) -> Next {
         self.pull();
         self.save_requeue();
-        let message = make(self);
-        let [_, page, _] = self.core.pages;
-        if page != 0 {
-            shared_write(page, message);
-        }
+        write_message(self.core, make(self));
         Next::Root(DispatchEvent::Intercept)
     }
 
@@ -654,33 +690,48 @@ impl<H: ChildHardware> Run<'_, H> {
         self.changed();
     }
 
-    /// What the VMM wrote into the register page since the last exit.
-    pub fn absorb_register_page(&mut self) {
-        let [page, ..] = self.core.pages;
-        if page == 0 || !emulate::is_dirty(page) {
-            return;
+    /// What the VMM wrote into the register page since the last exit. True if the control structure has it already.
+    #[inline(always)]
+    pub fn absorb_register_page(&mut self) -> bool {
+        let Some((page, dirty)) = dirty_page(self.core) else {
+            return !self.core.dirty;
+        };
+        if self.core.in_hardware {
+            self.hardware.store_general(self.core);
         }
-        let copy: RegisterPage = shared_read(page);
-        self.pull();
-        register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
-        emulate::clean(page);
-        let state = &self.core.state;
-        if copy.dirty & register_page::dirty::SEGMENT != 0 || state.interrupt_shadow {
+        // What blocks interrupts has to fit RFLAGS.
+        let all = dirty & register_page::dirty::SEGMENT != 0 || self.core.state.interrupt_shadow;
+        if all {
+            self.pull();
             self.changed();
-        } else if !self.core.dirty {
+        }
+        absorb_page(self.core, page, dirty);
+        if !self.core.dirty {
             self.hardware.load_general(self.core);
         }
+        !self.core.dirty
     }
 }
 
-fn port_message(
-    vp_index: u32,
-    core: &VpCore,
-    access: &IoAccess,
-    (bytes, count): ([u8; 16], u8),
-) -> messages::Message {
-    let cr8 = core.apic.cr8() as u8;
-    messages::io_port(vp_index, &core.state, cr8, access, bytes, count)
+/// The register page and what the VMM changed in it, if anything.
+#[inline(always)]
+pub fn dirty_page(core: &VpCore) -> Option<(&'static RegisterPage, u32)> {
+    let [page, ..] = core.pages;
+    if page == 0 {
+        return None;
+    }
+    let page = shared::<RegisterPage>(page);
+    match page.dirty.load(Ordering::Relaxed) {
+        0 => None,
+        dirty => Some((page, dirty)),
+    }
+}
+
+/// Takes in what the VMM changed.
+#[inline(always)]
+pub fn absorb_page(core: &mut VpCore, page: &RegisterPage, dirty: u32) {
+    register_page::absorb(page, dirty, &mut core.state, page_bytes(core.xsave));
+    page.dirty.store(0, Ordering::Relaxed);
 }
 
 fn run_page(core: &VpCore) -> Option<&'static VpRunPage> {
@@ -688,28 +739,54 @@ fn run_page(core: &VpCore) -> Option<&'static VpRunPage> {
     (page != 0).then(|| shared(page))
 }
 
-/// Leaves the message about a write to a port that the root does not complete. The registers are in `core.state`.
-pub fn show_port_write(vp_index: u32, core: &mut VpCore) {
-    let [_, page, _] = core.pages;
-    if let Some(access) = core.port_write.take() {
-        core.state.intercept_suspend = true;
-        if page != 0 {
-            let message = port_message(vp_index, core, &access, ([0; 16], 0));
-            shared_write(page, message);
-        }
-    }
-}
-
-/// Shows the registers, which are in `core.state`, to the VMM, and to the root the exits, of which a quick one did not tell.
-pub fn show_registers(core: &VpCore) {
+#[inline(always)]
+fn fill_page(core: &VpCore, shown: &Shown) {
     if let Some(page) = run_page(core) {
         page.exits.store(core.exits, Ordering::Relaxed);
     }
     let [page, ..] = core.pages;
     if page != 0 {
-        let filled = register_page::fill(&core.state, core.apic.cr8(), page_bytes(core.xsave));
-        shared_write(page, filled);
+        let xsave = page_bytes(core.xsave);
+        register_page::fill(shared(page), &core.state, shown, core.apic.cr8(), xsave);
     }
+}
+
+#[inline(always)]
+fn write_message(core: &VpCore, message: messages::Message) {
+    let [_, page, _] = core.pages;
+    if page != 0 {
+        for (to, from) in shared::<MessagePage>(page).iter().zip(message) {
+            to.store(from, Ordering::Relaxed);
+        }
+    }
+}
+
+#[inline(always)]
+fn port_message(
+    vp_index: u32,
+    core: &VpCore,
+    shown: &Shown,
+    access: &IoAccess,
+    (bytes, count): ([u8; 16], u8),
+) -> messages::Message {
+    let cr8 = core.apic.cr8() as u8;
+    messages::io_port(vp_index, &core.state, shown, cr8, access, bytes, count)
+}
+
+/// Fills the register page, and the message page if the VP left with an access to a port about which there is no message yet.
+#[inline(always)]
+pub fn show(vp_index: u32, core: &mut VpCore, shown: &Shown) {
+    if let Some(access) = core.port.take() {
+        core.state.intercept_suspend = true;
+        let message = port_message(vp_index, core, shown, &access, ([0; 16], 0));
+        write_message(core, message);
+    }
+    fill_page(core, shown);
+}
+
+/// Shows the registers, which are in `core.state`, to the VMM, and to the root the exits, of which a quick one did not tell.
+pub fn show_registers(core: &VpCore) {
+    fill_page(core, &Shown::of(&core.state));
 }
 
 /// Leaves an interrupt for a VP that this CPU does not own. True if its thread has to be told.

@@ -16,18 +16,15 @@ use crate::apic::{
     ApicConfig, InterruptControllerState, LocalApic, Mode, TimerClock, WriteEffect, STATE_SIZE,
 };
 use crate::arch::memory::{read_physical, write_physical, Window};
-use crate::arch::object::{
-    overrides, overrides_mut, page_bytes, scratch, shared_read, shared_write,
-};
+use crate::arch::object::{overrides, overrides_mut, page_bytes, scratch};
 use crate::arch::switch::{self, rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
-use crate::child::{exception, Run};
+use crate::child::{absorb_page, dirty_page, exception, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local, Paging};
 use crate::cpuid_cache::Key;
 use crate::header::boot;
 use crate::partition::{new_core, Partition};
-use crate::register_page::{self, RegisterPage};
 use crate::registers::{self, Registers, SetGroup};
 use crate::translate;
 use crate::vp::{Vp, VpCore};
@@ -559,16 +556,6 @@ pub fn change_paging<H: ChildHardware>(run: &mut Run<'_, H>) -> Result<(), u64> 
     Ok(())
 }
 
-/// Whether the VMM changed something in the register page at `page`.
-pub fn is_dirty(page: u64) -> bool {
-    shared_read::<u32>(page + core::mem::offset_of!(RegisterPage, dirty) as u64) != 0
-}
-
-/// What the VMM changed in the register page at `page` was taken in.
-pub fn clean(page: u64) {
-    shared_write::<u32>(page + core::mem::offset_of!(RegisterPage, dirty) as u64, 0);
-}
-
 /// The registers of a VP as the root's calls see them.
 pub struct View<'a> {
     info: &'a BootInfo,
@@ -599,15 +586,9 @@ impl<'a> View<'a> {
 
     /// What the VMM wrote into the register page.
     pub fn absorb_register_page(&mut self) {
-        let [page, ..] = self.core.pages;
-        if page == 0 || !is_dirty(page) {
-            return;
-        }
-        let copy: RegisterPage = shared_read(page);
-        if copy.dirty != 0 {
-            register_page::absorb(&copy, &mut self.core.state, page_bytes(self.core.xsave));
+        if let Some((page, dirty)) = dirty_page(self.core) {
+            absorb_page(self.core, page, dirty);
             self.core.dirty = true;
-            clean(page);
         }
     }
 

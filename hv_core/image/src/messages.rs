@@ -16,11 +16,11 @@ use hv_abi::partition::{access, message};
 use hv_x86::regs::{cr0, efer};
 
 use crate::arch::{gpr, IoAccess};
-use crate::registers::segment_value;
+use crate::register_page::Shown;
 use crate::vp_state::{segment, VpState};
 
-/// A message: 256 bytes, header and payload.
-pub type Message = [u64; 32];
+/// A message, header and payload, as far as any of them reaches. What it does not use is zero.
+pub type Message = [u64; message::WORDS];
 
 /// HVMSG_UNSUPPORTED_FEATURE.
 const UNSUPPORTED_FEATURE: u32 = 0x8000_0022;
@@ -44,8 +44,9 @@ const RFLAGS_VM: u64 = 1 << 17;
 struct Builder(Message);
 
 impl Builder {
+    #[inline(always)]
     fn new(kind: u32, payload_size: u8) -> Self {
-        let mut new = Self([0; 32]);
+        let mut new = Self([0; message::WORDS]);
         if let Some(word) = new.0.first_mut() {
             *word = u64::from(kind) | (u64::from(payload_size) << 32);
         }
@@ -53,6 +54,7 @@ impl Builder {
     }
 
     /// Puts a field of the payload at its offset in bytes. It does not cross a multiple of 8.
+    #[inline(always)]
     fn put(&mut self, offset: usize, value: u64) {
         let at = offset.saturating_add(PAYLOAD);
         if let Some(word) = self.0.get_mut(at >> 3) {
@@ -60,23 +62,34 @@ impl Builder {
         }
     }
 
+    #[inline(always)]
     fn put_pair(&mut self, offset: usize, [low, high]: [u64; 2]) {
         self.put(offset, low);
         self.put(offset.saturating_add(8), high);
     }
 
+    #[inline(always)]
     fn put_bytes(&mut self, offset: usize, bytes: [u8; 16]) {
         let value = u128::from_le_bytes(bytes);
         self.put_pair(offset, [value as u64, (value >> 64) as u64]);
     }
 
     /// `hv_x64_intercept_message_header`.
-    fn header(&mut self, vp_index: u32, vp: &VpState, cr8: u8, length: u8, access: u8) {
+    #[inline(always)]
+    fn header(
+        &mut self,
+        vp_index: u32,
+        vp: &VpState,
+        shown: &Shown,
+        cr8: u8,
+        length: u8,
+        access: u8,
+    ) {
         self.put(0, vp_index.into());
         self.put(4, u64::from(length & 0xf) | (u64::from(cr8 & 0xf) << 4));
         self.put(5, access.into());
-        self.put(6, execution_state(vp));
-        self.put_pair(8, segment_or_zero(vp, segment::CS));
+        self.put(6, execution_state(vp, shown));
+        self.put_pair(8, segment_or_zero(shown, segment::CS));
         self.put(24, vp.rip);
         self.put(32, vp.rflags);
     }
@@ -85,33 +98,41 @@ impl Builder {
 /// Privilege level: that of SS; 3 in virtual-8086 mode, 0 in real mode.
 #[must_use]
 pub fn cpl(vp: &VpState) -> u8 {
-    if vp.cr0 & cr0::PE == 0 {
+    let stack = vp.segments.get(segment::SS).map_or(0, |stack| stack.rights);
+    privilege(vp.cr0, vp.rflags, stack)
+}
+
+fn privilege(cr0: u64, rflags: u64, stack: u32) -> u8 {
+    if cr0 & cr0::PE == 0 {
         0
-    } else if vp.rflags & RFLAGS_VM != 0 {
+    } else if rflags & RFLAGS_VM != 0 {
         3
     } else {
-        let stack = vp.segments.get(segment::SS).map_or(0, |stack| stack.rights);
         (stack >> 5) as u8 & 3
     }
 }
 
 /// `hv_x64_vp_execution_state`.
-fn execution_state(vp: &VpState) -> u64 {
+#[inline(always)]
+fn execution_state(vp: &VpState, shown: &Shown) -> u64 {
     let when = |on: bool, bit: u32| u64::from(on) << bit;
-    u64::from(cpl(vp))
-        | when(vp.cr0 & cr0::PE != 0, 2)
-        | when(vp.cr0 & CR0_AM != 0, 3)
-        | when(vp.efer & efer::LMA != 0, 4)
+    let [_, stack] = segment_or_zero(shown, segment::SS);
+    u64::from(privilege(shown.cr0, vp.rflags, (stack >> 48) as u32))
+        | when(shown.cr0 & cr0::PE != 0, 2)
+        | when(shown.cr0 & CR0_AM != 0, 3)
+        | when(shown.efer & efer::LMA != 0, 4)
         // A breakpoint is armed.
-        | when(vp.dr7 & 0xff != 0, 5)
+        | when(shown.dr7 & 0xff != 0, 5)
         | when(vp.pending_interruption & 1 != 0, 6)
         | when(vp.interrupt_shadow, 12)
 }
 
-fn segment_or_zero(vp: &VpState, index: usize) -> [u64; 2] {
-    vp.segments.get(index).map_or([0; 2], segment_value)
+#[inline(always)]
+fn segment_or_zero(shown: &Shown, index: usize) -> [u64; 2] {
+    shown.segments.get(index).copied().unwrap_or([0; 2])
 }
 
+#[inline(always)]
 fn general(vp: &VpState, index: usize) -> u64 {
     vp.context.gprs.get(index).copied().unwrap_or(0)
 }
@@ -138,7 +159,7 @@ pub fn memory(
     };
     let mut new = Builder::new(kind, 80);
     // The length is unknown: the VMM decodes.
-    new.header(vp_index, vp, tpr >> 4, 0, access);
+    new.header(vp_index, vp, &Shown::of(vp), tpr >> 4, 0, access);
     new.put(40, if mapped { WRITE_BACK } else { UNCACHED });
     new.put(44, count.min(16).into());
     // The GVA is valid, and it is the one that leads to the GPA.
@@ -150,11 +171,13 @@ pub fn memory(
     new.0
 }
 
-/// An access to a port.
+/// An access to a port. The registers in `shown` need not be in `vp`.
 #[must_use]
+#[inline(always)]
 pub fn io_port(
     vp_index: u32,
     vp: &VpState,
+    shown: &Shown,
     cr8: u8,
     io: &IoAccess,
     bytes: [u8; 16],
@@ -166,7 +189,7 @@ pub fn io_port(
     } else {
         access::WRITE
     };
-    new.header(vp_index, vp, cr8, io.length, access);
+    new.header(vp_index, vp, shown, cr8, io.length, access);
     new.put(40, io.port.into());
     let info = (io.size & 7) | (u8::from(io.string) << 3) | (u8::from(io.rep) << 4);
     new.put(42, info.into());
@@ -179,8 +202,8 @@ pub fn io_port(
     } else {
         segment::DS
     };
-    new.put_pair(72, segment_or_zero(vp, source));
-    new.put_pair(88, segment_or_zero(vp, segment::ES));
+    new.put_pair(72, segment_or_zero(shown, source));
+    new.put_pair(88, segment_or_zero(shown, segment::ES));
     new.put(104, general(vp, gpr::RCX));
     new.put(112, general(vp, RSI));
     new.put(120, general(vp, RDI));
@@ -192,7 +215,7 @@ pub fn io_port(
 pub fn msr(vp_index: u32, vp: &VpState, cr8: u8, length: u8, write: bool) -> Message {
     let mut new = Builder::new(message::MSR_INTERCEPT, 64);
     let access = if write { access::WRITE } else { access::READ };
-    new.header(vp_index, vp, cr8, length, access);
+    new.header(vp_index, vp, &Shown::of(vp), cr8, length, access);
     new.put(40, general(vp, gpr::RCX) & 0xffff_ffff);
     new.put(48, general(vp, gpr::RDX));
     new.put(56, general(vp, gpr::RAX));
@@ -204,7 +227,7 @@ pub fn msr(vp_index: u32, vp: &VpState, cr8: u8, length: u8, write: bool) -> Mes
 #[must_use]
 pub fn cpuid(vp_index: u32, vp: &VpState, cr8: u8, length: u8, result: [u32; 4]) -> Message {
     let mut new = Builder::new(message::CPUID_INTERCEPT, 104);
-    new.header(vp_index, vp, cr8, length, access::EXECUTE);
+    new.header(vp_index, vp, &Shown::of(vp), cr8, length, access::EXECUTE);
     let [a, b, c, d] = result;
     // The message has RBX last.
     let order = [(gpr::RAX, a), (gpr::RCX, c), (gpr::RDX, d), (gpr::RBX, b)];
@@ -229,7 +252,7 @@ pub fn halt(vp_index: u32, vp: &VpState) -> Message {
 
 fn header_only(kind: u32, vp_index: u32, vp: &VpState) -> Message {
     let mut new = Builder::new(kind, HEADER);
-    new.header(vp_index, vp, 0, 0, access::EXECUTE);
+    new.header(vp_index, vp, &Shown::of(vp), 0, 0, access::EXECUTE);
     new.0
 }
 
@@ -390,7 +413,7 @@ mod tests {
             at(bytes + 8, 8),
             u64::from_le_bytes(BYTES[8..].try_into().unwrap())
         );
-        assert_eq!(message[12..], [0; 20]);
+        assert_eq!(message[12..], [0; 6]);
     }
 
     #[test]
@@ -416,7 +439,7 @@ mod tests {
             segment: segment::FS as u8,
             length: 3,
         };
-        let message = io_port(2, &vp, 1, &io, BYTES, 16);
+        let message = io_port(2, &vp, &Shown::of(&vp), 1, &io, BYTES, 16);
         assert_eq!(
             head(&message),
             (0x8001_0000, size_of::<IoPortIntercept>() as u8)
@@ -442,7 +465,7 @@ mod tests {
             rep: false,
             ..io
         };
-        let message = io_port(2, &vp, 1, &input, BYTES, 1);
+        let message = io_port(2, &vp, &Shown::of(&vp), 1, &input, BYTES, 1);
         assert_eq!((field(&message, 5, 1), field(&message, 42, 1)), (0, 4));
         assert_eq!(field(&message, 72, 8), 0xd5_0000);
     }
@@ -458,7 +481,7 @@ mod tests {
             segment: 200,
             length: 1,
         };
-        let message = io_port(0, &vp(), 0, &io, BYTES, 1);
+        let message = io_port(0, &vp(), &Shown::of(&vp()), 0, &io, BYTES, 1);
         assert_eq!((field(&message, 72, 8), field(&message, 80, 8)), (0, 0));
     }
 
@@ -498,7 +521,7 @@ mod tests {
         ] {
             assert_eq!(head(&message), (kind, 40));
             assert_eq!(field(&message, 24, 8), vp.rip);
-            assert_eq!(message[7..], [0; 25]);
+            assert_eq!(message[7..], [0; 11]);
         }
     }
 }

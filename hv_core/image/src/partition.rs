@@ -4,6 +4,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use hv_abi::boot::BootInfo;
+use hv_abi::hypercall::PortSet;
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::status::HvStatus;
 use hv_x86::paging::{PageSize, Translation};
@@ -484,10 +485,12 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         root_msrs: [0; 8],
         overrides: 0,
         quiet: false,
+        left_quickly: false,
+        ports: PortSet::default(),
         offered: None,
         iret: None,
         steps: false,
-        port_write: None,
+        port: None,
         logged: false,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }

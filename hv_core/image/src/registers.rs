@@ -616,6 +616,15 @@ pub(crate) mod fpu {
         }
     }
 
+    /// XMM0 to XMM5 at once.
+    pub(crate) fn first_xmm(area: &Area) -> [[u64; 2]; 6] {
+        if in_use(area, SSE) {
+            core::array::from_fn(|index| pair(area, place(XMM0, index)))
+        } else {
+            [[0; 2]; 6]
+        }
+    }
+
     /// Sets XMM0 to XMM15.
     pub(crate) fn set_xmm(area: &mut Area, index: usize, value: [u64; 2]) {
         begin(area, SSE);

@@ -100,8 +100,8 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         private::FAULT if on.allow_fault => HvStatus::INVALID_PARAMETER,
         code::DISPATCH_VP if control.is_fast() => {
             let gprs = &p.context().gprs;
-            let (partition, second) = (gprs[gpr::RDX], gprs[gpr::R8]);
-            match p.dispatch(partition, second as u32, (second >> 32) as u8) {
+            let (partition, vp) = (gprs[gpr::RDX], gprs[gpr::R8]);
+            match p.dispatch(partition, vp) {
                 // The child runs next; its end sets the result.
                 Ok(None) => return,
                 Ok(Some(event)) => {
@@ -367,8 +367,7 @@ mod tests {
         fn dispatch(
             &mut self,
             _: u64,
-            _: u32,
-            _: u8,
+            _: u64,
         ) -> Result<Option<hv_abi::hypercall::DispatchEvent>, HvStatus> {
             Err(HvStatus::INVALID_PARTITION_ID)
         }

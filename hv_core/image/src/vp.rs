@@ -3,6 +3,8 @@
 
 use core::sync::atomic::AtomicU64;
 
+use hv_abi::hypercall::PortSet;
+
 use crate::apic::{LocalApic, Posted};
 use crate::arch::object::{Handle, Owned};
 use crate::arch::IoAccess;
@@ -62,8 +64,12 @@ pub struct VpCore {
     pub overrides: u64,
     /// At the last full entry nothing waited for delivery.
     pub quiet: bool,
-    /// The write to a port with which it went to the root, until there is a message about it or it is dispatched again.
-    pub port_write: Option<IoAccess>,
+    /// It went to the root with an exit that nothing disturbed.
+    pub left_quickly: bool,
+    /// The ports whose writes the root wants to hear of first.
+    pub ports: PortSet,
+    /// The access to a port with which it went to the root, until there is a message about it or it is dispatched again.
+    pub port: Option<IoAccess>,
     /// A line about the VP was logged: each VP gets one, so that no guest and no VMM floods the root's log.
     pub logged: bool,
     /// What CPUID said last.

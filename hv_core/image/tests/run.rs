@@ -5,14 +5,15 @@ mod common;
 
 use common::*;
 use hv_abi::boot::Vendor;
-use hv_abi::hypercall::{code, state_page, DispatchEvent, VpRunPage};
+use hv_abi::hypercall::{code, state_page, DispatchEvent, PortSet, VpRunPage};
 use hv_abi::partition::{message, MapVpStatePage};
 use hv_image::apic::{DeliveryMode, Interrupt};
 use hv_image::arch::object::Ownership;
 use hv_image::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
-use hv_image::child::{post, show_port_write, Next, Run};
+use hv_image::child::{post, show, Next, Quick, Run};
 use hv_image::child_msr::Paging;
 use hv_image::partition::find;
+use hv_image::register_page::Shown;
 use hv_image::vp::{Vp, VpCore};
 use proptest::prelude::*;
 
@@ -70,9 +71,12 @@ impl ChildHardware for Fake {
     fn quick_exit(&mut self) -> Option<QuickExit> {
         None
     }
-    fn quick_port_write(&mut self) -> Option<IoAccess> {
+    fn is_port(&self) -> bool {
+        matches!(self.exit, ChildExit::Io(_))
+    }
+    fn quick_port(&mut self) -> Option<IoAccess> {
         match self.exit {
-            ChildExit::Io(access) if !access.is_in => Some(access),
+            ChildExit::Io(access) if !access.string => Some(access),
             _ => None,
         }
     }
@@ -82,8 +86,14 @@ impl ChildHardware for Fake {
     fn load_general(&mut self, core: &VpCore) {
         self.load(core);
     }
-    fn store(&mut self, core: &mut VpCore) {
+    fn store_general(&self, core: &mut VpCore) {
         core.state.rip = self.rip;
+    }
+    fn shown(&self, core: &VpCore) -> Shown {
+        Shown::of(&core.state)
+    }
+    fn store(&mut self, core: &mut VpCore) {
+        self.store_general(core);
     }
     fn peek(&mut self, _: &mut VpCore) {}
     fn after_exit(&mut self, core: &mut VpCore) {
@@ -398,10 +408,12 @@ fn triple_fault_is_reported_at_each_run() {
 fn write_to_a_port_leaves_a_message_only_if_nobody_completes_it() {
     let mut bed = Bed::new();
     put(MESSAGE, 0u32);
+    // The root may have a doorbell there.
+    bed.core().ports = PortSet::default().with(0x80);
     let (next, fake) = bed.exit(Fake::new(out(0x80)));
     assert_eq!(next, Some(DispatchEvent::PortWrite));
     assert_eq!(get::<u32>(MESSAGE), message::NONE);
-    // Completed: it goes on behind the instruction.
+    // It has: the VP goes on behind the instruction.
     let mut run = bed.run(fake);
     assert!(
         !run.resume_quickly(2),
@@ -410,28 +422,38 @@ fn write_to_a_port_leaves_a_message_only_if_nobody_completes_it() {
     run.skip_by(2);
     assert!(matches!(run.enter(), Next::Enter));
     assert_eq!(run.hardware.rip, 0x1002);
-    // Not completed.
+    // It has not.
     let (_, mut fake) = bed.exit(Fake::new(out(0x80)));
     fake.store(bed.core());
-    bed.core().in_hardware = false;
-    show_port_write(0, bed.core());
+    let shown = fake.shown(bed.core());
+    show(0, bed.core(), &shown);
     assert_eq!(get::<u32>(MESSAGE), message::IO_PORT_INTERCEPT);
     assert_eq!(bed.core().state.rip, 0x1000);
+    // No doorbell can be there.
+    let (next, _) = bed.exit(Fake::new(out(0x81)));
+    assert_eq!(next, Some(DispatchEvent::Message));
 }
 
 #[test]
 fn quiet_vp_goes_on_without_a_whole_entry() {
     let mut bed = Bed::new();
+    bed.core().ports = PortSet::default().with(0x80);
     // One whole entry, after which nothing waits.
     let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
     let mut run = bed.run(fake);
     run.hardware.exit = out(0x80);
-    assert!(run.leave_quickly());
+    assert!(matches!(run.finish_quickly(), Quick::Port));
+    assert_eq!(run.leave_quickly(), Some(DispatchEvent::PortWrite));
     assert!(run.resume_quickly(2));
-    // Something came: it has to be delivered.
+    // Behind both instructions.
+    assert_eq!(run.hardware.rip, 0x1003);
+    assert!(!run.resume_quickly(2), "it left once");
+    // Something came meanwhile: it has to be delivered.
+    assert_eq!(run.leave_quickly(), Some(DispatchEvent::PortWrite));
     bed.post(DeliveryMode::Fixed, 0x31);
     let mut run = bed.run(Fake::new(out(0x80)));
-    assert!(!run.leave_quickly() && !run.finish_quickly());
+    assert!(!run.resume_quickly(2));
+    assert!(matches!(run.finish_quickly(), Quick::No));
 }
 
 #[test]

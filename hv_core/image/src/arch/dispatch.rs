@@ -2,14 +2,15 @@
 //! The switch between the root and a child, the same on both vendors but for the control structure.
 
 use hv_abi::boot::{BootInfo, CpuArea, VpContext};
-use hv_abi::hypercall::{result, DispatchEvent};
+use hv_abi::hypercall::{result, DispatchEvent, PortSet};
 use hv_abi::status::HvStatus;
 
 use super::object::{running, Ownership};
 use super::{gpr, switch, ChildHardware};
-use crate::child::{Next, Run};
+use crate::child::{Next, Quick, Run};
 use crate::header::boot;
 use crate::partition;
+use crate::register_page::Shown;
 use crate::vp::{Vp, VpCore};
 
 /// What a back end adds.
@@ -38,16 +39,16 @@ pub trait WorldSwitch {
     fn set_result(area: &mut CpuArea, rax: u64);
 }
 
-/// HvCallDispatchVp: `Ok(None)` if the child runs next, `Ok(Some(_))` if it cannot.
+/// HvCallDispatchVp with RDX and R8: `Ok(None)` if the child runs next, `Ok(Some(_))` if it cannot.
 pub fn dispatch<W: WorldSwitch>(
     area: &mut CpuArea,
     partition_id: u64,
-    index: u32,
-    step: u8,
+    second: u64,
 ) -> Result<Option<DispatchEvent>, HvStatus> {
     let info = boot();
+    let step = (second >> 32) as u8;
     let target = partition::find(partition_id)?;
-    let vp = target.vp(index)?;
+    let vp = target.vp(second as u32)?;
     let slat = target.slat.load(core::sync::atomic::Ordering::Acquire);
     if slat == 0 {
         return Err(HvStatus::INVALID_PARTITION_STATE);
@@ -57,6 +58,8 @@ pub fn dispatch<W: WorldSwitch>(
     core.state.explicit_suspend = false;
     core.state.intercept_suspend = false;
     core.state.tsc_read = None;
+    core.ports = PortSet::from_value(second);
+    core.port = None;
     let address = &raw const core.state.context as u64;
     let first = area.last_child != address;
     let mut run = Run {
@@ -110,8 +113,8 @@ pub fn show_registers(
     let vp = target.vp(index)?;
     let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
     pull(root_control, &mut core);
-    crate::child::show_port_write(index, &mut core);
-    crate::child::show_registers(&core);
+    let shown = Shown::of(&core.state);
+    crate::child::show(index, &mut core, &shown);
     Ok(())
 }
 
@@ -142,32 +145,46 @@ fn exited<'a, W: WorldSwitch>(
     }
 }
 
-/// An exit of the child that runs on this CPU, if it is a simple one ([`Run::finish_quickly`]). This and [`child_exit`] are
-/// apart because this needs few registers.
+/// An exit of the child that runs on this CPU. The context to resume is `area.current` afterwards. Simple ones
+/// ([`Run::finish_quickly`]) and the others are apart because those need few registers.
 #[inline(always)]
-pub fn quick_exit<W: WorldSwitch>(area: &mut CpuArea) -> bool {
+pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
     let mut core = unsafe { vp.core.resume() };
     core.exits = core.exits.wrapping_add(1);
-    let done = exited::<W>(area, vp, &mut core).finish_quickly();
+    let quick = exited::<W>(area, vp, &mut core).finish_quickly();
     core.keep();
-    done
+    match quick {
+        Quick::Done => context(area),
+        Quick::Port => port_exit::<W>(area),
+        Quick::No => full_exit::<W>(area),
+    }
 }
 
-/// Any other exit of the child that runs on this CPU. The context to resume is `area.current` afterwards.
 #[inline(never)]
-pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+fn port_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.current);
-    // SAFETY: as in `quick_exit`.
+    // SAFETY: as in `child_exit`.
     let mut core = unsafe { vp.core.resume() };
     let mut run = exited::<W>(area, vp, &mut core);
-    if run.leave_quickly() {
-        let value = run.event_value(DispatchEvent::PortWrite);
+    let Some(event) = run.leave_quickly() else {
         drop(run);
-        back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, value);
-        return context(area);
-    }
+        core.keep();
+        return full_exit::<W>(area);
+    };
+    let value = run.event_value(event);
+    drop(run);
+    leave::<W>(area, vp, core, event, value);
+    context(area)
+}
+
+#[inline(never)]
+fn full_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let mut core = unsafe { vp.core.resume() };
+    let mut run = exited::<W>(area, vp, &mut core);
     match run.after_exit() {
         Next::Enter => {
             drop(run);
@@ -177,12 +194,31 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
             finish(&mut run, event);
             let value = run.event_value(event);
             drop(run);
-            back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, value);
+            leave::<W>(area, vp, core, event, value);
         }
     }
     context(area)
 }
 
+/// Goes back to the root with an event.
+#[inline(always)]
+fn leave<W: WorldSwitch>(
+    area: &mut CpuArea,
+    vp: &'static Vp,
+    mut core: Ownership<'_, VpCore>,
+    event: DispatchEvent,
+    value: u64,
+) {
+    switch::to_root(area, &mut core, W::IN_REGISTERS);
+    if event == DispatchEvent::Message {
+        // Only now the extended state is in its area, and the control structure is still the child's.
+        exited::<W>(area, vp, &mut core).show();
+    }
+    back_to_root::<W>(area, vp, core, HvStatus::SUCCESS, value);
+}
+
+/// The root runs next, with the registers that [`switch::to_root`] brought back.
+#[inline(always)]
 fn back_to_root<W: WorldSwitch>(
     area: &mut CpuArea,
     vp: &Vp,
@@ -191,7 +227,6 @@ fn back_to_root<W: WorldSwitch>(
     value: u64,
 ) {
     W::to_root(area, &mut core);
-    switch::to_root(area, &mut core, W::IN_REGISTERS);
     drop(core);
     partition::end_use(vp.partition);
     area.current = &raw const area.root as u64;
@@ -202,8 +237,9 @@ fn back_to_root<W: WorldSwitch>(
 /// The processor refused to enter the child: the root hears that its state is invalid.
 pub fn entry_failed<W: WorldSwitch>(area: &mut CpuArea) {
     let vp = running(area.current);
-    // SAFETY: as in `quick_exit`.
-    let core = unsafe { vp.core.resume() };
+    // SAFETY: as in `child_exit`.
+    let mut core = unsafe { vp.core.resume() };
+    switch::to_root(area, &mut core, W::IN_REGISTERS);
     back_to_root::<W>(area, vp, core, HvStatus::INVALID_VP_STATE, 0);
 }
 
@@ -211,8 +247,9 @@ pub fn entry_failed<W: WorldSwitch>(area: &mut CpuArea) {
 pub fn abandon<W: WorldSwitch>(area: &mut CpuArea) {
     if area.current != &raw const area.root as u64 {
         let vp = running(area.current);
-        // SAFETY: as in `quick_exit`; the code that owned the VP never continues.
-        let core = unsafe { vp.core.resume() };
+        // SAFETY: as in `child_exit`; the code that owned the VP never continues.
+        let mut core = unsafe { vp.core.resume() };
+        switch::to_root(area, &mut core, W::IN_REGISTERS);
         back_to_root::<W>(area, vp, core, HvStatus::HYPERVISOR_FAULT, 0);
     }
 }

@@ -11,6 +11,7 @@ use hv_abi::stats::ExitKind;
 use hv_abi::status::HvStatus;
 
 use crate::child_msr::Paging;
+use crate::register_page::Shown;
 use crate::vp::VpCore;
 
 pub mod cpu;
@@ -162,13 +163,8 @@ pub trait Processor {
     fn reset(&mut self) -> !;
     /// A hypercall about partitions; RAX.
     fn call(&mut self, control: Control, input: u64, output: u64) -> u64;
-    /// HvCallDispatchVp: `Ok(None)` if a child runs next. `step` is the length of a completed instruction.
-    fn dispatch(
-        &mut self,
-        partition: u64,
-        index: u32,
-        step: u8,
-    ) -> Result<Option<DispatchEvent>, HvStatus>;
+    /// HvCallDispatchVp with RDX and R8: `Ok(None)` if a child runs next.
+    fn dispatch(&mut self, partition: u64, vp: u64) -> Result<Option<DispatchEvent>, HvStatus>;
     /// Fills the register page of a VP.
     fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus>;
     /// Faults in the way `how` names (test aid).
@@ -294,14 +290,20 @@ pub trait ChildHardware {
     fn is_undisturbed(&self, core: &VpCore) -> bool;
     /// The exit, if it is one of those; readies the structure for the next entry after an undisturbed exit.
     fn quick_exit(&mut self) -> Option<QuickExit>;
-    /// The same for OUT.
-    fn quick_port_write(&mut self) -> Option<IoAccess>;
+    /// Whether it exited for an access to a port.
+    fn is_port(&self) -> bool;
+    /// As [`Self::quick_exit`], for IN and OUT.
+    fn quick_port(&mut self) -> Option<IoAccess>;
     /// Registers into the structure.
     fn load(&mut self, core: &VpCore);
     /// General registers, RIP and RFLAGS into the structure, where all others are up to date.
     fn load_general(&mut self, core: &VpCore);
     /// Registers out of the structure.
     fn store(&mut self, core: &mut VpCore);
+    /// Only those of [`Self::load_general`], and what blocks interrupts.
+    fn store_general(&self, core: &mut VpCore);
+    /// What a VMM sees of the others.
+    fn shown(&self, core: &VpCore) -> Shown;
     /// Only the mode: CR0, CR4, EFER, RIP, the rights of CS and the privilege level (SS.DPL), for exits that need no more.
     fn peek(&mut self, core: &mut VpCore);
     /// First thing after an exit: what the exit interrupted, and the task priority.

@@ -141,22 +141,11 @@ pub fn running(context: u64) -> &'static Vp {
     unsafe { &*(context as *const Vp) }
 }
 
-/// A page that the VMM or the root's kernel shares, as bytes to read or write in one go.
-pub fn shared_read<T: Copy>(spa: u64) -> T {
-    // SAFETY: state pages are in the direct map while they are mapped; any bytes are a valid `T` (plain
-    // integers at every use). The other side may write at the same time: volatile, copied once.
-    unsafe { direct(spa).cast::<T>().read_volatile() }
-}
-
-/// Writes to such a page.
-pub fn shared_write<T: Copy>(spa: u64, value: T) {
-    // SAFETY: as for `shared_read`.
-    unsafe { direct(spa).cast::<T>().write_volatile(value) }
-}
-
-/// The page as atomics.
+/// A page that the VMM or the root's kernel shares, as atomics.
 pub fn shared<T: Sync>(spa: u64) -> &'static T {
-    // SAFETY: as for `shared_read`; `T` consists of atomics.
+    const { assert!(size_of::<T>() <= 4096) };
+    // SAFETY: state pages are in the direct map while they are mapped. `T` consists of atomics at every use, of which any bytes
+    // are valid values: the other side may write at the same time.
     unsafe { &*direct(spa).cast::<T>() }
 }
 

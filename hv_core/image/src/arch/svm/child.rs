@@ -10,6 +10,7 @@ use super::{vmload, vmsave};
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child::exception;
 use crate::child_msr::Paging;
+use crate::register_page::Shown;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, RSP};
 
@@ -63,6 +64,18 @@ fn from_vmcb(s: VmcbSegment) -> Segment {
         rights,
         selector: s.selector,
     }
+}
+
+/// `hv_x64_segment_register`: its second word is the limit, the selector, and attributes with AVL, L, D and G in bits 15:12,
+/// where the block has them in bits 11:8.
+#[inline(always)]
+fn segment_value(s: VmcbSegment) -> [u64; 2] {
+    let attributes = u64::from(s.attributes);
+    let attributes = attributes & 0xff | (attributes & 0xf00) << 4;
+    [
+        s.base,
+        u64::from(s.limit) | u64::from(s.selector) << 32 | attributes << 48,
+    ]
 }
 
 /// The access of an exit for I/O (APM 15.10.2).
@@ -139,10 +152,16 @@ impl ChildHardware for SvmChild<'_> {
     }
 
     #[inline(always)]
-    fn quick_port_write(&mut self) -> Option<IoAccess> {
+    fn is_port(&self) -> bool {
+        // In 32 bits the compiler keeps it apart from `quick_exit`: a table of jumps for all four costs more.
+        self.vmcb.exit_code as u32 == exit::IOIO as u32
+    }
+
+    #[inline(always)]
+    fn quick_port(&mut self) -> Option<IoAccess> {
         let v = &mut *self.vmcb;
-        // Neither IN nor string.
-        if v.exit_code != exit::IOIO || v.exit_info_1 & 5 != 0 {
+        // No string.
+        if v.exit_info_1 & 4 != 0 {
             return None;
         }
         v.tlb_control = 0;
@@ -213,10 +232,8 @@ impl ChildHardware for SvmChild<'_> {
         }
     }
 
-    fn store(&mut self, core: &mut VpCore) {
-        if self.live {
-            vmsave(core.control);
-        }
+    #[inline(always)]
+    fn store_general(&self, core: &mut VpCore) {
         let v = &*self.vmcb;
         leave_iret(v.rip, core);
         let s = &mut core.state;
@@ -224,6 +241,36 @@ impl ChildHardware for SvmChild<'_> {
         s.context.gprs[RSP] = v.rsp;
         s.rip = v.rip;
         s.rflags = v.rflags;
+        s.interrupt_shadow = v.interrupt_shadow & 1 != 0;
+    }
+
+    #[inline(always)]
+    fn shown(&self, core: &VpCore) -> Shown {
+        if self.live {
+            vmsave(core.control);
+        }
+        let v = &*self.vmcb;
+        let mut segments = [v.es, v.cs, v.ss, v.ds, v.fs, v.gs].map(segment_value);
+        // SS.DPL does not always follow the privilege level in the block.
+        let [_, _, [_, stack], ..] = &mut segments;
+        *stack = *stack & !(3 << 53) | u64::from(v.cpl & 3) << 53;
+        Shown {
+            segments,
+            cr0: v.cr0,
+            cr3: v.cr3,
+            cr4: v.cr4,
+            efer: v.efer & !efer::SVME,
+            dr7: v.dr7,
+        }
+    }
+
+    fn store(&mut self, core: &mut VpCore) {
+        if self.live {
+            vmsave(core.control);
+        }
+        self.store_general(core);
+        let v = &*self.vmcb;
+        let s = &mut core.state;
         s.cr0 = v.cr0;
         s.cr2 = v.cr2;
         s.cr3 = v.cr3;
@@ -252,7 +299,6 @@ impl ChildHardware for SvmChild<'_> {
         s.cstar = v.cstar;
         s.sfmask = v.sfmask;
         s.kernel_gs_base = v.kernel_gs_base;
-        s.interrupt_shadow = v.interrupt_shadow & 1 != 0;
     }
 
     #[inline(always)]

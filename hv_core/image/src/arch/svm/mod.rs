@@ -132,9 +132,6 @@ fn pull(_: u64, core: &mut VpCore) {
 #[no_mangle]
 extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
     if area.current != &raw const area.root as u64 {
-        if dispatch::quick_exit::<Switch>(area) {
-            return dispatch::context(area);
-        }
         return dispatch::child_exit::<Switch>(area);
     }
     root_exit(area)
@@ -337,13 +334,8 @@ impl Processor for Svm<'_> {
         .run()
     }
 
-    fn dispatch(
-        &mut self,
-        partition: u64,
-        index: u32,
-        step: u8,
-    ) -> Result<Option<DispatchEvent>, HvStatus> {
-        dispatch::dispatch::<Switch>(self.area, partition, index, step)
+    fn dispatch(&mut self, partition: u64, vp: u64) -> Result<Option<DispatchEvent>, HvStatus> {
+        dispatch::dispatch::<Switch>(self.area, partition, vp)
     }
 
     fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus> {

@@ -17,6 +17,8 @@ use crate::arch::switch::{dr6, set_dr6};
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child::exception;
 use crate::child_msr::Paging;
+use crate::register_page::Shown;
+use crate::registers::segment_value;
 use crate::vp::VpCore;
 use crate::vp_state::{segment, VpState, RSP};
 
@@ -312,14 +314,14 @@ fn set_processor_control(bit: u32, on: bool) {
     }
 }
 
-fn set_cr0(value: u64) {
-    write(field::CR0_SHADOW, value);
-    write(field::GUEST_CR0, value & !(cr0::CD | cr0::NW) | cr0::NE);
-}
-
 #[inline(always)]
 fn get_cr0() -> u64 {
     read(field::GUEST_CR0) & !CR0_OWNED | read(field::CR0_SHADOW) & CR0_OWNED
+}
+
+fn set_cr0(value: u64) {
+    write(field::CR0_SHADOW, value);
+    write(field::GUEST_CR0, value & !(cr0::CD | cr0::NW) | cr0::NE);
 }
 
 /// CR4 as the guest sees it. Bits that are owned only because its CPUID lacks them are the same in both fields.
@@ -428,13 +430,15 @@ impl ChildHardware for VmxChild {
     }
 
     #[inline(always)]
-    fn quick_port_write(&mut self) -> Option<IoAccess> {
-        if read(field::EXIT_REASON) as u32 != reason::IO {
-            return None;
-        }
+    fn is_port(&self) -> bool {
+        read(field::EXIT_REASON) as u32 == reason::IO
+    }
+
+    #[inline(always)]
+    fn quick_port(&mut self) -> Option<IoAccess> {
         let q = read(field::EXIT_QUALIFICATION);
-        // Neither IN nor string.
-        (q & 0x18 == 0).then(|| io_access(q))
+        // No string.
+        (q & 0x10 == 0).then(|| io_access(q))
     }
 
     fn load_general(&mut self, core: &VpCore) {
@@ -478,11 +482,30 @@ impl ChildHardware for VmxChild {
         write(field::GUEST_PENDING_DEBUG, 0);
     }
 
-    fn store(&mut self, core: &mut VpCore) {
+    fn store_general(&self, core: &mut VpCore) {
         let s = &mut core.state;
         s.context.gprs[RSP] = read(field::GUEST_RSP);
         s.rip = read(field::GUEST_RIP);
         s.rflags = read(field::GUEST_RFLAGS);
+        let shadow = read(field::GUEST_INTERRUPTIBILITY);
+        s.interrupt_shadow = shadow & (BLOCKING_STI | BLOCKING_MOVSS) != 0;
+        s.nmi_masked = shadow & BLOCKING_NMI != 0;
+    }
+
+    fn shown(&self, _: &VpCore) -> Shown {
+        Shown {
+            segments: core::array::from_fn(|index| segment_value(&get_segment(index as u32))),
+            cr0: get_cr0(),
+            cr3: read(field::GUEST_CR3),
+            cr4: get_cr4(),
+            efer: read(field::GUEST_EFER),
+            dr7: read(field::GUEST_DR7),
+        }
+    }
+
+    fn store(&mut self, core: &mut VpCore) {
+        self.store_general(core);
+        let s = &mut core.state;
         s.cr0 = get_cr0();
         s.cr4 = get_cr4();
         s.cr3 = read(field::GUEST_CR3);
@@ -500,9 +523,6 @@ impl ChildHardware for VmxChild {
         s.sysenter_cs = read(field::GUEST_SYSENTER_CS);
         s.sysenter_esp = read(field::GUEST_SYSENTER_ESP);
         s.sysenter_eip = read(field::GUEST_SYSENTER_EIP);
-        let shadow = read(field::GUEST_INTERRUPTIBILITY);
-        s.interrupt_shadow = shadow & (BLOCKING_STI | BLOCKING_MOVSS) != 0;
-        s.nmi_masked = shadow & BLOCKING_NMI != 0;
     }
 
     #[inline(always)]

@@ -135,11 +135,7 @@ fn pull(area_root: u64, core: &mut VpCore) {
 extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
     let root = &raw const area.root as u64;
     if area.current != root {
-        let context = if dispatch::quick_exit::<Switch>(area) {
-            dispatch::context(area)
-        } else {
-            dispatch::child_exit::<Switch>(area)
-        };
+        let context = dispatch::child_exit::<Switch>(area);
         return Resume { context, launch: 0 };
     }
     root_exit(area)
@@ -515,13 +511,8 @@ impl Processor for Vmx<'_> {
         .run()
     }
 
-    fn dispatch(
-        &mut self,
-        partition: u64,
-        index: u32,
-        step: u8,
-    ) -> Result<Option<DispatchEvent>, HvStatus> {
-        dispatch::dispatch::<Switch>(self.area, partition, index, step)
+    fn dispatch(&mut self, partition: u64, vp: u64) -> Result<Option<DispatchEvent>, HvStatus> {
+        dispatch::dispatch::<Switch>(self.area, partition, vp)
     }
 
     fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus> {
