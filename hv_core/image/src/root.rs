@@ -77,10 +77,18 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         return p.raise(Exception::InvalidOpcode);
     }
     let control = Control(p.context().gprs[gpr::RCX]);
-    if control.code() == private::FAULT && on.allow_fault {
-        // Before the skip: the fault gives the CPU back where the instruction is undefined, as after any fault.
-        let how = p.context().gprs[gpr::RDX];
-        p.fault(how);
+    match control.code() {
+        // First, because it is frequent.
+        code::DISPATCH_VP if control.is_fast() => {
+            p.skip();
+            return dispatch(p);
+        }
+        private::FAULT if on.allow_fault => {
+            // Before the skip: the fault gives the CPU back where the instruction is undefined, as after any fault.
+            let how = p.context().gprs[gpr::RDX];
+            p.fault(how);
+        }
+        _ => {}
     }
     p.skip();
     let status = match control.code() {
@@ -98,19 +106,6 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
             HvStatus::SUCCESS
         }
         private::FAULT if on.allow_fault => HvStatus::INVALID_PARAMETER,
-        code::DISPATCH_VP if control.is_fast() => {
-            let gprs = &p.context().gprs;
-            let (partition, vp) = (gprs[gpr::RDX], gprs[gpr::R8]);
-            match p.dispatch(partition, vp) {
-                // The child runs next; its end sets the result.
-                Ok(None) => return,
-                Ok(Some(event)) => {
-                    p.context().gprs[gpr::RDX] = event as u64;
-                    HvStatus::SUCCESS
-                }
-                Err(status) => status,
-            }
-        }
         // The state of a VP is never tied to a CPU between dispatches.
         private::DETACH_VP => HvStatus::SUCCESS,
         private::SHOW_REGISTERS if control.is_fast() => {
@@ -128,6 +123,22 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
             let value = p.call(control, input, output);
             return set_result(p, value);
         }
+    };
+    set_result(p, result(status, 0));
+}
+
+/// HvCallDispatchVp.
+fn dispatch(p: &mut impl Processor) {
+    let gprs = &p.context().gprs;
+    let (partition, vp) = (gprs[gpr::RDX], gprs[gpr::R8]);
+    let status = match p.dispatch(partition, vp) {
+        // The child runs next; its end sets the result.
+        Ok(None) => return,
+        Ok(Some(event)) => {
+            p.context().gprs[gpr::RDX] = event as u64;
+            HvStatus::SUCCESS
+        }
+        Err(status) => status,
     };
     set_result(p, result(status, 0));
 }

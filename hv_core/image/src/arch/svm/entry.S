@@ -6,7 +6,7 @@
 #   and GIF clear. Loads the image's stack and descriptor tables, then runs the root. TR stays Linux':
 #   the image uses no interrupt stack table on AMD-V, so it needs none.
 # The loop: VMRUN takes the VMCB's address in RAX; RAX, RSP, RIP and RFLAGS of the guest are in the VMCB.
-#   svm_handle_exit(rdi = CpuArea) returns rax = the VpContext to run.
+#   svm_child_exit and svm_root_exit(rdi = CpuArea) return rax = the VpContext to run.
 
 .pushsection .text.entry, "ax"
 .globl svm_start
@@ -45,7 +45,10 @@ svm_start:
 	mov [rax + 112], r14
 	mov [rax + 120], r15
 	mov rdi, [rsp]
-	call svm_handle_exit
+	lea rcx, [rdi + 0x58]
+	cmp rax, rcx
+	je 4f
+	call svm_child_exit
 3:	mov rcx, [rax + 8]
 	mov rdx, [rax + 16]
 	mov rbx, [rax + 24]
@@ -63,4 +66,6 @@ svm_start:
 	mov rax, [rax + 0x80]
 	vmrun rax
 	jmp 2b
+4:	call svm_root_exit
+	jmp 3b
 .popsection

@@ -130,15 +130,12 @@ fn pull(_: u64, core: &mut VpCore) {
 }
 
 #[no_mangle]
-extern "C" fn svm_handle_exit(area: &mut CpuArea) -> *const VpContext {
-    if area.current != &raw const area.root as u64 {
-        return dispatch::child_exit::<Switch>(area);
-    }
-    root_exit(area)
+extern "C" fn svm_child_exit(area: &mut CpuArea) -> *const VpContext {
+    dispatch::child_exit::<Switch>(area)
 }
 
-#[inline(never)]
-fn root_exit(area: &mut CpuArea) -> *const VpContext {
+#[no_mangle]
+extern "C" fn svm_root_exit(area: &mut CpuArea) -> *const VpContext {
     let on = cpu::root_cpu(area);
     let mut processor = Svm::root(area);
     processor.area.root.gprs[gpr::RAX] = processor.vmcb.rax;
