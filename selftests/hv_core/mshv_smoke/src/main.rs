@@ -81,6 +81,14 @@ const CHECKS: &[Check] = &[
         port_doorbells_ring_without_an_exit,
     ),
     (
+        "port_doorbell_is_heard_at_once",
+        ports::port_doorbell_is_heard_at_once,
+    ),
+    (
+        "register_page_is_right_at_a_port",
+        ports::register_page_is_right_at_a_port,
+    ),
+    (
         "run_of_a_halted_vp_ends_in_time",
         run_of_a_halted_vp_ends_in_time,
     ),
@@ -188,6 +196,7 @@ mod large;
 mod memory;
 mod nmi;
 mod paging;
+mod ports;
 mod vps;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {
