@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # The image's memory is gone for Linux: reads find zeros, writes and jumps are refused, counted and logged, nothing dies.
-# Beds: svm vmx
+# Beds: svm vmx vmx-skylake vmx-arrow svm-full
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 

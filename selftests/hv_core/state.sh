@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # Linux finds every register of every CPU as it was, beneath the image and after it. What CPUID says differs where it should.
-# Beds: svm vmx
+# Beds: svm vmx vmx-skylake vmx-arrow svm-full
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../launch.sh"
 # Modules: msr
