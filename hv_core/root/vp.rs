@@ -183,6 +183,10 @@ impl Vp {
         partition.check_caller()?;
         let result = self.run_until(partition, &mut busy.armed, &mut busy.message);
         sys::guest_mode_end();
+        if result.as_ref().err() == Some(&EINTR) {
+            // No message, but the register page says what is.
+            self.show(partition)?;
+        }
         let message = match result? {
             Place::Copy => busy.message.as_ptr(),
             Place::Page => self.message.address().cast(),

@@ -89,6 +89,10 @@ const CHECKS: &[Check] = &[
         ports::register_page_is_right_at_a_port,
     ),
     (
+        "register_page_is_right_after_any_run",
+        ports::register_page_is_right_after_any_run,
+    ),
+    (
         "run_of_a_halted_vp_ends_in_time",
         run_of_a_halted_vp_ends_in_time,
     ),

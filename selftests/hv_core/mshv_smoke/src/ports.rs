@@ -119,6 +119,19 @@ fn next_access(machine: &Machine, al: Option<u64>) -> Result<(u16, u64, bool)> {
     Ok((info.port_number, rax & 0xff, is_read))
 }
 
+/// Also where no message ends the run, but its time.
+pub fn register_page_is_right_after_any_run() -> Outcome {
+    let machine = Machine::new(&[0x66, 0x41, 0xeb, 0xfc])?; // 1: inc %ecx; jmp 1b
+    for _ in 0..3 {
+        let ended = machine.vcpu.run().err().map(|error| error.errno());
+        if ended != Some(libc::EINTR) {
+            return Err(format!("the run gave {ended:?}").into());
+        }
+        ensure_same(&machine)?;
+    }
+    Ok(())
+}
+
 pub fn register_page_is_right_at_a_port() -> Outcome {
     #[rustfmt::skip]
     let code = [
