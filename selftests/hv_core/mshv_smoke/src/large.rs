@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mshv_bindings::*;
 use mshv_smoke::machine::{self, kind, Machine, Memory};
@@ -230,6 +230,8 @@ pub fn read_only_huge_memory_exits_at_each_write() -> Outcome {
 /// Two VPs write to all of a large page, over and over. What is taken away is not written to any more.
 pub fn huge_memory_changes_beneath_running_vps() -> Outcome {
     let machine = toucher(PLACE, LARGE)?;
+    // Without the write to the port: nothing but the end of their time makes them exit.
+    machine.memory.write(27, &[0x90; 2]);
     let second = machine.vm.create_vcpu(1)?;
     machine::prepare(&second)?;
     look_at(&second, PLACE)?;
@@ -242,26 +244,29 @@ pub fn huge_memory_changes_beneath_running_vps() -> Outcome {
     number(&memory, SMALL);
     let rest = sum("large_pages")?;
     let done = AtomicBool::new(false);
+    // What each VP could not write to.
+    let misses = [const { AtomicU64::new(0) }; 2];
     // What ends a run is tried again: the page may be back.
-    let keep_running = |vcpu: &mshv_ioctls::VcpuFd| -> std::result::Result<(), String> {
-        while !done.load(Ordering::Acquire) {
-            match vcpu.run() {
-                Ok(message) if kind(&message) == hv_message_type_HVMSG_UNMAPPED_GPA => {}
-                Ok(message) if kind(&message) == hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT => {
-                    machine::set(vcpu, &[(hv_register_name_HV_X64_REGISTER_RIP, 0x1000)])
-                        .map_err(|error| error.to_string())?;
+    let keep_running =
+        |vcpu: &mshv_ioctls::VcpuFd, misses: &AtomicU64| -> std::result::Result<(), String> {
+            while !done.load(Ordering::Acquire) {
+                match vcpu.run() {
+                    Ok(message) if kind(&message) == hv_message_type_HVMSG_UNMAPPED_GPA => {
+                        misses.fetch_add(1, Ordering::AcqRel);
+                    }
+                    Err(error) if error.errno() == libc::EINTR => {}
+                    Ok(message) => return Err(format!("message {:#x}", kind(&message))),
+                    Err(error) => return Err(error.to_string()),
                 }
-                Err(error) if error.errno() == libc::EINTR => {}
-                Ok(message) => return Err(format!("message {:#x}", kind(&message))),
-                Err(error) => return Err(error.to_string()),
             }
-        }
-        Ok(())
-    };
+            Ok(())
+        };
     let all = region(&memory, 0, LARGE, PLACE, WRITABLE);
     let last = ((SMALL - 1) * PAGE) as usize;
     std::thread::scope(|scope| {
-        let runners = [&machine.vcpu, &second].map(|vcpu| scope.spawn(|| keep_running(vcpu)));
+        let [of_first, of_second] = &misses;
+        let runners = [(&machine.vcpu, of_first), (&second, of_second)]
+            .map(|(vcpu, misses)| scope.spawn(move || keep_running(vcpu, misses)));
         let outcome = (|| -> Outcome {
             for turn in 0..20 {
                 memory.write(last, &[0]);
@@ -270,15 +275,21 @@ pub fn huge_memory_changes_beneath_running_vps() -> Outcome {
                     ensure!(!runners.iter().any(|r| r.is_finished()), "a VP stopped");
                     std::thread::yield_now();
                 }
-                // One VP may write before the thread of the other, which mapped the page, has counted it.
-                let mut tries = 0..1000;
-                while sum("large_pages")? != rest + 1 {
-                    ensure!(tries.next().is_some(), "turn {turn}: small pages");
-                    std::thread::yield_now();
-                }
+                // Waits for the fault that maps it; then the number is right, too.
+                let again = machine.vm.map_user_memory(all).map_err(|e| e.errno());
+                ensure!(again == Err(libc::EEXIST), "turn {turn}: map twice");
+                let large = sum("large_pages")? - rest;
+                ensure!(large == 1, "turn {turn}: {large} large pages");
                 machine.vm.unmap_user_memory(all)?;
                 (0..SMALL).for_each(|page| memory.write((page * PAGE) as usize, &[0]));
-                std::thread::yield_now();
+                // Until then a VP may not have run at all.
+                for misses in &misses {
+                    let before = misses.load(Ordering::Acquire);
+                    while misses.load(Ordering::Acquire) == before {
+                        ensure!(!runners.iter().any(|r| r.is_finished()), "a VP stopped");
+                        std::thread::yield_now();
+                    }
+                }
                 let written = (0..SMALL).find(|page| memory.read((page * PAGE) as usize) != 0);
                 ensure!(
                     written.is_none(),
