@@ -199,13 +199,6 @@ impl<H: ChildHardware> Run<'_, H> {
         self.absorb_register_page()
     }
 
-    /// Moves past the instruction of a quick exit, of `usual` bytes without prefixes.
-    #[inline(always)]
-    pub fn skip_quickly(&mut self, usual: u64) {
-        let length = self.hardware.quick_length(usual);
-        self.hardware.skip(self.core, length);
-    }
-
     /// First part of an exit.
     pub fn after_exit(&mut self) -> Next {
         self.core.in_hardware = true;

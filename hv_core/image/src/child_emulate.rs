@@ -245,7 +245,7 @@ pub fn cpuid_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     let Some(result) = run.core.cpuid.get(&key, leaf, subleaf) else {
         return false;
     };
-    run.skip_quickly(2);
+    run.hardware.skip_quick(2);
     set_cpuid_result(run, result);
     true
 }
@@ -311,7 +311,7 @@ pub fn read_msr_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
         },
         None => return false,
     };
-    run.skip_quickly(2);
+    run.hardware.skip_quick(2);
     set_msr_result(run, value);
     true
 }
@@ -456,7 +456,7 @@ pub fn hypercall_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     let changes = run.partition().changes.load(Ordering::Acquire);
     let known = run.core.identified == changes && run.hardware.is_kernel();
     if known {
-        run.skip_quickly(3);
+        run.hardware.skip_quick(3);
         do_hypercall(run);
     }
     known

@@ -318,12 +318,12 @@ pub trait ChildHardware {
     fn trap_step(&mut self, core: &mut VpCore);
     /// At a quick exit: EAX.
     fn eax(&self, core: &VpCore) -> u32;
-    /// At a quick exit: CR4, and whether the VP is in 64-bit mode.
+    /// At a quick exit: CR4 without the bits that the hypervisor owns, and whether the VP is in 64-bit mode.
     fn cr4_and_long(&self) -> (u64, bool);
     /// At a quick exit: whether the VP is at CPL 0 in protected mode.
     fn is_kernel(&self) -> bool;
-    /// At a quick exit: length of the instruction, which is `usual` without prefixes.
-    fn quick_length(&self, usual: u64) -> u64;
+    /// At a quick exit: moves past the instruction, which has `usual` bytes without prefixes. No trap is due.
+    fn skip_quick(&mut self, usual: u64);
     /// Sets RAX.
     fn rax(&mut self, core: &mut VpCore, value: u64);
     /// Delivers an event in VMX form (SDM 26.8.3) at the entry.

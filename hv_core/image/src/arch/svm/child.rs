@@ -456,13 +456,14 @@ impl ChildHardware for SvmChild<'_> {
     }
 
     #[inline(always)]
-    fn quick_length(&self, usual: u64) -> u64 {
-        let v = &*self.vmcb;
-        if v.next_rip != 0 {
-            v.next_rip.wrapping_sub(v.rip)
+    fn skip_quick(&mut self, usual: u64) {
+        let v = &mut *self.vmcb;
+        v.rip = if v.next_rip != 0 {
+            v.next_rip
         } else {
-            usual
-        }
+            v.rip.wrapping_add(usual)
+        };
+        v.interrupt_shadow = 0;
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use hv_x86::vmcs::{
     adjust, entry_control, exit_control, field, pin, processor, reason, secondary, ENTRY_FAILED,
 };
 
-use super::{invept, read, write};
+use super::{invept, read, read_known, write};
 use crate::arch::cpu::{rdmsr, resend_nmi, wrmsr};
 use crate::arch::memory::direct;
 use crate::arch::switch::{dr6, set_dr6};
@@ -335,6 +335,22 @@ fn set_cr4(value: u64) {
     write(field::GUEST_CR4, value & CR4_ALLOWED | cr4::VMXE | cr4::MCE);
 }
 
+/// Moves behind an instruction, which ends interrupt shadows.
+#[inline(always)]
+fn step_over(length: u64) {
+    write(
+        field::GUEST_RIP,
+        read_known(field::GUEST_RIP).wrapping_add(length),
+    );
+    let shadow = read_known(field::GUEST_INTERRUPTIBILITY);
+    if shadow & (BLOCKING_STI | BLOCKING_MOVSS) != 0 {
+        write(
+            field::GUEST_INTERRUPTIBILITY,
+            shadow & !(BLOCKING_STI | BLOCKING_MOVSS),
+        );
+    }
+}
+
 fn set_efer(value: u64, cr0_value: u64) {
     let mut value = value & !efer::LMA;
     let mut entry = read(field::ENTRY_CONTROLS) & !u64::from(entry_control::IA32E);
@@ -415,13 +431,13 @@ impl ChildHardware for VmxChild {
 
     #[inline(always)]
     fn is_undisturbed(&self, _: &VpCore) -> bool {
-        read(field::VECTORING_INFORMATION) as u32 & VALID == 0
-            && read(field::GUEST_RFLAGS) & rflags::TF == 0
+        read_known(field::VECTORING_INFORMATION) as u32 & VALID == 0
+            && read_known(field::GUEST_RFLAGS) & rflags::TF == 0
     }
 
     #[inline(always)]
     fn quick_exit(&mut self) -> Option<QuickExit> {
-        match read(field::EXIT_REASON) as u32 {
+        match read_known(field::EXIT_REASON) as u32 {
             reason::CPUID => Some(QuickExit::Cpuid),
             reason::VMCALL => Some(QuickExit::Hypercall),
             reason::RDMSR => Some(QuickExit::MsrRead),
@@ -431,7 +447,7 @@ impl ChildHardware for VmxChild {
 
     #[inline(always)]
     fn is_port(&self) -> bool {
-        read(field::EXIT_REASON) as u32 == reason::IO
+        read_known(field::EXIT_REASON) as u32 == reason::IO
     }
 
     #[inline(always)]
@@ -630,17 +646,7 @@ impl ChildHardware for VmxChild {
 
     #[inline(always)]
     fn skip(&mut self, core: &mut VpCore, length: u64) {
-        write(
-            field::GUEST_RIP,
-            read(field::GUEST_RIP).wrapping_add(length),
-        );
-        let shadow = read(field::GUEST_INTERRUPTIBILITY);
-        if shadow & (BLOCKING_STI | BLOCKING_MOVSS) != 0 {
-            write(
-                field::GUEST_INTERRUPTIBILITY,
-                shadow & !(BLOCKING_STI | BLOCKING_MOVSS),
-            );
-        }
+        step_over(length);
         if read(field::GUEST_RFLAGS) & rflags::TF != 0 {
             self.trap_step(core);
         }
@@ -669,19 +675,22 @@ impl ChildHardware for VmxChild {
     #[inline(always)]
     fn cr4_and_long(&self) -> (u64, bool) {
         // The entry control follows EFER.LMA; bit 13 of the rights is L.
-        let long =
-            read(field::GUEST_EFER) & efer::LMA != 0 && read(field::GUEST_CS_RIGHTS) & 1 << 13 != 0;
-        (get_cr4(), long)
+        let long = read_known(field::GUEST_EFER) & efer::LMA != 0
+            && read_known(field::GUEST_CS_RIGHTS) & 1 << 13 != 0;
+        // The child's own in the bits that the shadow does not hold.
+        (read_known(field::GUEST_CR4) & CR4_FREE, long)
     }
 
     #[inline(always)]
     fn is_kernel(&self) -> bool {
-        read(field::GUEST_SS_RIGHTS) & 0x60 == 0 && read(field::GUEST_CR0) & cr0::PE != 0
+        read_known(field::GUEST_SS_RIGHTS) & 0x60 == 0
+            && read_known(field::GUEST_CR0) & cr0::PE != 0
     }
 
     #[inline(always)]
-    fn quick_length(&self, _: u64) -> u64 {
-        self.instruction_length()
+    fn skip_quick(&mut self, _: u64) {
+        let length = read_known(field::EXIT_INSTRUCTION_LENGTH);
+        step_over(length);
     }
 
     #[inline(always)]

@@ -48,6 +48,15 @@ fn read(field: u32) -> u64 {
     value
 }
 
+/// The same of a field that every processor has: one instruction less on the way of a quick exit.
+#[inline(always)]
+fn read_known(field: u32) -> u64 {
+    let value;
+    // SAFETY: a VMCS is current whenever this code runs and the field exists, so the register is written.
+    unsafe { asm!("vmread {0}, {1}", out(reg) value, in(reg) u64::from(field), options(nostack)) };
+    value
+}
+
 fn write(field: u32, value: u64) {
     // SAFETY: a VMCS is current; the fields written here exist on every processor that passed preflight,
     // and a wrong value is found by the entry checks, not here.
