@@ -44,7 +44,10 @@ while [ "$boot" -lt "$child_boots" ]; do
 done
 touch /tmp/watched
 wait "$watcher"
-ktap_test_result "memory_of_children_is_large" memory_was_large
+case $(cat /sys/devices/system/cpu/vulnerabilities/itlb_multihit) in
+"Not affected") ktap_test_result "memory_of_children_is_large" memory_was_large ;;
+*) ktap_test_skip "memory_of_children_is_large" "a child that executes from large pages could stop this processor (INTEL-SA-00210)" ;;
+esac
 case $HV_BED in
 svm) ktap_test_result "panic_ends_in_a_reset" panic_ends_in_a_reset ;;
 *) ktap_test_skip "panic_ends_in_a_reset" "the same on VT-x, where it takes minutes" ;;
