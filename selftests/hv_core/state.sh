@@ -52,6 +52,9 @@ next_instruction_is_known() {
 	esac
 }
 
+# Bochs carries the trap of a single step of the root over an exit on AMD-V, into the image: there the image would fault.
+steps() { [ "$HV_BED" = svm-full ] || $probe step; }
+
 unknown_msr_faults() { ! $probe msr 0 40000000; }
 
 # Which signal a user program gets. A difference on AMD-V is known: beneath the image EFER.SVME is set in hardware, so that
@@ -76,20 +79,20 @@ xsetbv_is_checked() {
 }
 
 ktap_print_header
-ktap_set_plan 18
+ktap_set_plan 19
 modprobe msr
 state /tmp/state.native
 ktap_test_result "state_is_stable" state_is /tmp/state.native
 ktap_test_result "xsetbv_is_checked_native" xsetbv_is_checked
 $probe cpuid >/tmp/cpuid.native
-$probe step >/tmp/step.native
+steps >/tmp/step.native
 $probe illegal >/tmp/illegal.native
 
 ktap_test_result "launch" modprobe hv_core
 state /tmp/state.launched
 ktap_test_result "state_is_the_same_launched" diff /tmp/state.native /tmp/state.launched
 $probe cpuid >/tmp/cpuid.launched
-$probe step >/tmp/step.launched
+steps >/tmp/step.launched
 $probe illegal >/tmp/illegal.launched
 ktap_test_result "cpuid_differs_only_where_allowed" differ_only_where_allowed
 ktap_test_result "cpuid_hides_the_extension" only_the_extension_is_hidden
@@ -98,7 +101,11 @@ ktap_test_result "cpuid_says_microsoft" vendor_is_microsoft
 ktap_test_result "cpuid_says_root" grep -qx 'cpu0 40000003.0 0* 0*1005 0* 0*' /tmp/cpuid.launched
 ktap_test_result "msrs_hide_the_extension" extension_is_hidden_in_msrs
 ktap_test_result "unknown_msr_faults" unknown_msr_faults
-ktap_test_result "single_step_traps_at_the_same_places" diff /tmp/step.native /tmp/step.launched
+if [ "$HV_BED" != svm-full ]; then
+	ktap_test_result "single_step_traps_at_the_same_places" diff /tmp/step.native /tmp/step.launched
+else
+	ktap_test_skip "single_step_traps_at_the_same_places" "Bochs takes a single step's trap in the image if the step exits"
+fi
 if next_instruction_is_known; then
 	ktap_test_result "prefixed_cpuid_works" $probe prefix
 else
@@ -106,6 +113,8 @@ else
 fi
 ktap_test_result "instructions_raise_the_same_signals" same_signals
 ktap_test_result "xsetbv_is_checked_launched" xsetbv_is_checked
+
+ktap_test_result "all_cpus_still_run_beneath" cpus_are launched
 
 ktap_test_result "leave" modprobe -r hv_core
 ktap_test_result "state_is_the_same_after_leave" state_is /tmp/state.native
