@@ -20,8 +20,8 @@ const ABOUT_PARTITION: [u16; 14] = [
     code::CLEAR_VIRTUAL_INTERRUPT,
     code::REGISTER_INTERCEPT_RESULT,
     code::ASSERT_VIRTUAL_INTERRUPT,
-    SIGNAL_EVENT_DIRECT,
-    POST_MESSAGE_DIRECT,
+    code::SIGNAL_EVENT_DIRECT,
+    code::POST_MESSAGE_DIRECT,
     GET_GPA_PAGES_ACCESS_STATES,
     code::GET_VP_CPUID_VALUES,
     code::GET_PARTITION_PROPERTY_EX,
@@ -32,8 +32,6 @@ const ABOUT_ROOT: [u16; 2] = [
     code::GET_PARTITION_PROPERTY_EX,
 ];
 
-const SIGNAL_EVENT_DIRECT: u16 = 0xc0;
-const POST_MESSAGE_DIRECT: u16 = 0xc1;
 const GET_GPA_PAGES_ACCESS_STATES: u16 = 0xc9;
 
 /// Does the call in the structure at `argument`. `call` gets code, repetitions, and pages for input and output.

@@ -72,6 +72,8 @@ pub mod code {
     pub const CLEAR_VIRTUAL_INTERRUPT: u16 = 0x56;
     pub const REGISTER_INTERCEPT_RESULT: u16 = 0x91;
     pub const ASSERT_VIRTUAL_INTERRUPT: u16 = 0x94;
+    pub const SIGNAL_EVENT_DIRECT: u16 = 0xc0;
+    pub const POST_MESSAGE_DIRECT: u16 = 0xc1;
     pub const DISPATCH_VP: u16 = 0xc2;
     pub const MAP_VP_STATE_PAGE: u16 = 0xe1;
     pub const UNMAP_VP_STATE_PAGE: u16 = 0xe2;

@@ -258,6 +258,33 @@ pub struct AssertVirtualInterrupt {
     pub rsvd_z1: u16,
 }
 
+/// `hv_input_signal_event_direct`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct SignalEventDirect {
+    pub target_partition: u64,
+    pub target_vp: u32,
+    pub target_vtl: u8,
+    /// Source of the SynIC.
+    pub target_sint: u8,
+    /// Flag of that source.
+    pub flag_number: u16,
+}
+
+/// `hv_input_post_message_direct`, up to the message (256 bytes), which is not aligned to 8.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct PostMessageDirect {
+    pub partition_id: u64,
+    pub vp_index: u32,
+    pub vtl: u8,
+    pub padding: [u8; 3],
+    /// Source of the SynIC.
+    pub sint_index: u32,
+    /// First four bytes of the message: its type.
+    pub message_type: u32,
+}
+
 /// `hv_input_install_intercept`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
@@ -337,6 +364,7 @@ pub mod message {
     pub const GPA_INTERCEPT: u32 = 0x8000_0001;
     pub const INVALID_VP_REGISTER_VALUE: u32 = 0x8000_0020;
     pub const UNRECOVERABLE_EXCEPTION: u32 = 0x8000_0021;
+    pub const SYNIC_SINT_DELIVERABLE: u32 = 0x8000_0062;
     pub const IO_PORT_INTERCEPT: u32 = 0x8001_0000;
     pub const MSR_INTERCEPT: u32 = 0x8001_0001;
     pub const CPUID_INTERCEPT: u32 = 0x8001_0002;

@@ -50,6 +50,8 @@ statuses! {
     INVALID_PARTITION_ID = 0x000d;
     /// There is no such virtual processor.
     INVALID_VP_INDEX = 0x000e;
+    /// There is no room for the message.
+    INSUFFICIENT_BUFFERS = 0x0013;
     /// The virtual processor is in the wrong state.
     INVALID_VP_STATE = 0x0015;
     /// A resource other than memory ran out.

@@ -15,9 +15,11 @@ use crate::arch::object::{page_bytes, shared};
 use crate::arch::switch::rdtsc;
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child_emulate as emulate;
+use crate::child_synic;
 use crate::messages;
 use crate::partition::{Partition, RUN_PAGE};
 use crate::register_page::{self, RegisterPage, Shown};
+use crate::synic::Sources;
 use crate::vp::{Vp, VpCore};
 use crate::vp_state::VpState;
 
@@ -54,6 +56,8 @@ pub struct Run<'a, H: ChildHardware> {
     pub hardware: H,
     /// This CPU may have translations of another VP, or such as do not hold any more.
     pub first: bool,
+    /// Sources of the SynIC of which the VMM has to be told that they can take a message.
+    pub deliverable: Sources,
 }
 
 /// What became of an exit without a full entry.
@@ -307,7 +311,17 @@ impl<H: ChildHardware> Run<'_, H> {
 
     fn effect_of_msr_write(&mut self) -> Next {
         let effect = emulate::write_msr(self);
-        self.apply(effect)
+        match core::mem::take(&mut self.deliverable) {
+            0 => self.apply(effect),
+            sources => self.sint_deliverable(sources),
+        }
+    }
+
+    fn sint_deliverable(&mut self, sources: Sources) -> Next {
+        self.message(|run| {
+            let cr8 = run.core.apic.cr8() as u8;
+            messages::sint_deliverable(run.vp.index, &run.core.state, cr8, sources)
+        })
     }
 
     /// Acts on what a write to the local APIC caused, and goes on.
@@ -484,7 +498,8 @@ impl<H: ChildHardware> Run<'_, H> {
         if self.vp.posted.is_outstanding() {
             self.vp.posted.drain_into(&mut self.core.apic);
         }
-        let now = self.now();
+        let host = rdtsc();
+        let now = host.wrapping_add(self.core.state.tsc_offset);
         if self
             .core
             .apic
@@ -492,6 +507,17 @@ impl<H: ChildHardware> Run<'_, H> {
             .is_some_and(|deadline| deadline <= now)
         {
             self.core.apic.timer_expired(now);
+        }
+        if self.core.timers.deadline() <= host
+            || self.core.timers_seen != self.partition().changes.load(Ordering::Acquire)
+        {
+            child_synic::expire_timers(self.cpu, self.vp, self.core);
+        }
+        if self.core.dirty {
+            let sources = child_synic::deliver(self.cpu, self.vp, self.core);
+            if sources != 0 {
+                return self.sint_deliverable(sources);
+            }
         }
         let pending = self.core.apic.pending();
         if pending.init {
@@ -584,9 +610,10 @@ impl<H: ChildHardware> Run<'_, H> {
 
     /// Host TSC of the next timer expiry.
     fn deadline(&self) -> u64 {
-        self.core.apic.timer_deadline().map_or(u64::MAX, |guest| {
+        let apic = self.core.apic.timer_deadline().map_or(u64::MAX, |guest| {
             guest.wrapping_sub(self.core.state.tsc_offset)
-        })
+        });
+        apic.min(self.core.timers.deadline())
     }
 
     /// Tells the root the deadline; last thing before the switch to the root.
@@ -649,10 +676,7 @@ impl<H: ChildHardware> Run<'_, H> {
             sfmask: old.sfmask,
             kernel_gs_base: old.kernel_gs_base,
             spec_ctrl: old.spec_ctrl,
-            sint: old.sint,
-            scontrol: old.scontrol,
-            siefp: old.siefp,
-            simp: old.simp,
+            synic: old.synic,
             vp_assist_page: old.vp_assist_page,
             features: old.features,
             explicit_suspend: false,

@@ -178,6 +178,10 @@ pub mod synthetic {
     pub const HV1: u64 = 1 << 1;
     /// HV_X64_MSR_TIME_REF_COUNT.
     pub const REFERENCE_COUNTER: u64 = 1 << 3;
+    /// HV_X64_MSR_SCONTROL and the rest of the SynIC.
+    pub const SYNIC: u64 = 1 << 4;
+    /// HV_X64_MSR_STIMER0_CONFIG and following.
+    pub const SYNTHETIC_TIMERS: u64 = 1 << 5;
     /// HV_X64_MSR_EOI, ICR, TPR and VP_ASSIST_PAGE.
     pub const APIC_MSRS: u64 = 1 << 6;
     /// HV_X64_MSR_GUEST_OS_ID and HYPERCALL.
@@ -188,21 +192,30 @@ pub mod synthetic {
     pub const REFERENCE_TSC: u64 = 1 << 9;
     /// HV_X64_MSR_TSC_FREQUENCY and APIC_FREQUENCY.
     pub const FREQUENCY_MSRS: u64 = 1 << 11;
+    /// Synthetic timers that raise interrupts.
+    pub const DIRECT_TIMERS: u64 = 1 << 22;
     /// All that a partition can be given.
     pub const ASSIGNABLE: u64 = HYPERVISOR_PRESENT
         | HV1
         | REFERENCE_COUNTER
+        | SYNIC
+        | SYNTHETIC_TIMERS
         | APIC_MSRS
         | HYPERCALL_MSRS
         | VP_INDEX
         | REFERENCE_TSC
-        | FREQUENCY_MSRS;
+        | FREQUENCY_MSRS
+        | DIRECT_TIMERS;
 }
 
 /// Bits of leaf 4000_0003h EAX, the low half of the privilege mask.
 pub mod privilege {
     /// HV_X64_MSR_TIME_REF_COUNT.
     pub const TIME_REF_COUNT: u32 = 1 << 1;
+    /// HV_X64_MSR_SCONTROL and the rest of the SynIC.
+    pub const SYNIC: u32 = 1 << 2;
+    /// HV_X64_MSR_STIMER0_CONFIG and following.
+    pub const SYNTHETIC_TIMERS: u32 = 1 << 3;
     /// HV_X64_MSR_EOI, ICR, TPR and VP_ASSIST_PAGE.
     pub const APIC_MSRS: u32 = 1 << 4;
     /// HV_X64_MSR_GUEST_OS_ID and HYPERCALL.
@@ -217,9 +230,10 @@ pub mod privilege {
     pub const TSC_INVARIANT: u32 = 1 << 15;
 }
 
-/// Leaf 4000_0003h EDX: frequency MSRs, crash MSRs.
+/// Leaf 4000_0003h EDX: frequency MSRs, crash MSRs, timers that raise interrupts.
 const FEATURE_FREQUENCIES: u32 = 1 << 8;
 const FEATURE_CRASH: u32 = 1 << 10;
+const FEATURE_DIRECT_TIMERS: u32 = 1 << 19;
 /// Leaf 4000_0004h EAX: EOI, ICR and TPR by MSR; no watchdog by time; no automatic EOI.
 const HINT_APIC_MSRS: u32 = 1 << 3;
 const HINT_RELAXED_TIMING: u32 = 1 << 5;
@@ -995,8 +1009,10 @@ fn words(text: &[u8; 12]) -> [u32; 3] {
 /// Low half of the privilege mask: what MSRs the partition has (leaf 4000_0003h EAX).
 #[must_use]
 pub fn privileges(features: u64, invariant_tsc: bool) -> u32 {
-    const MAP: [(u64, u32); 6] = [
+    const MAP: [(u64, u32); 8] = [
         (synthetic::REFERENCE_COUNTER, privilege::TIME_REF_COUNT),
+        (synthetic::SYNIC, privilege::SYNIC),
+        (synthetic::SYNTHETIC_TIMERS, privilege::SYNTHETIC_TIMERS),
         (synthetic::APIC_MSRS, privilege::APIC_MSRS),
         (synthetic::HYPERCALL_MSRS, privilege::HYPERCALL),
         (synthetic::VP_INDEX, privilege::VP_INDEX),
@@ -1046,6 +1062,9 @@ fn hypervisor_leaf(
             let mut d = FEATURE_CRASH;
             if mask & privilege::FREQUENCIES != 0 {
                 d |= FEATURE_FREQUENCIES;
+            }
+            if mask & privilege::SYNTHETIC_TIMERS != 0 && features & synthetic::DIRECT_TIMERS != 0 {
+                d |= FEATURE_DIRECT_TIMERS;
             }
             [mask, 0, 0, d]
         }
@@ -1920,7 +1939,7 @@ mod tests {
         );
         assert_eq!(seen(0x4000_0002, 0, &partition)[EBX], 10 << 16);
         let [a, b, _, d] = seen(0x4000_0003, 0, &partition);
-        assert_eq!((a, b, d), (0x8a72, 0, 0x500));
+        assert_eq!((a, b, d), (0x8a7e, 0, 0x8_0500));
         assert_eq!(seen(0x4000_0004, 0, &partition)[EAX], 0x228);
         for leaf in [0x4000_0007, 0x4000_000a, 0x4000_0082] {
             assert_eq!(seen(leaf, 0, &partition), [0; 4]);
@@ -1934,7 +1953,16 @@ mod tests {
 
     #[test]
     fn each_privilege_needs_its_feature() {
-        for (feature, bit) in [(3, 1), (6, 4), (7, 5), (8, 6), (9, 9), (11, 11)] {
+        for (feature, bit) in [
+            (3, 1),
+            (4, 2),
+            (5, 3),
+            (6, 4),
+            (7, 5),
+            (8, 6),
+            (9, 9),
+            (11, 11),
+        ] {
             assert_eq!(privileges(synthetic::HV1 | (1 << feature), false), 1 << bit);
             assert_eq!(privileges(1 << feature, false), 0);
         }

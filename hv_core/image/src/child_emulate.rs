@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering;
 use hv_abi::boot::{BootInfo, Vendor};
 use hv_abi::hypercall::{result, Control};
 use hv_abi::mitigation::action;
-use hv_abi::partition::{creation, CreatePartition, RegisterInterceptResult};
+use hv_abi::partition::{creation, vp_state, CreatePartition, RegisterInterceptResult};
 use hv_abi::status::HvStatus;
 use hv_x86::access::{decode, Mode as CodeMode};
 use hv_x86::regs::{cr4, efer};
@@ -22,10 +22,12 @@ use crate::arch::{cpu, gpr, ChildHardware};
 use crate::child::{absorb_page, dirty_page, exception, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local, Paging};
+use crate::child_synic;
 use crate::cpuid_cache::Key;
 use crate::header::boot;
 use crate::partition::{new_core, Partition};
 use crate::registers::{self, Registers, SetGroup};
+use crate::stimer::{self, Timers};
 use crate::translate;
 use crate::vp::{Vp, VpCore};
 use crate::vp_state::{segment, Effect, HostFacts, PartitionState, VpState};
@@ -286,6 +288,7 @@ fn msr_value(vp: &Vp, core: &mut VpCore, number: u32) -> Result<u64, child_msr::
     let on = Local {
         vp: &mut core.state,
         apic: &mut core.apic,
+        timers: &mut core.timers,
         partition: &inner.state,
         vp_index: vp.index,
         host_tsc: rdtsc(),
@@ -350,6 +353,7 @@ pub fn write_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> WriteEffect {
     let mut on = Local {
         vp: &mut run.core.state,
         apic: &mut run.core.apic,
+        timers: &mut run.core.timers,
         partition: &inner.state,
         vp_index: index,
         host_tsc: rdtsc(),
@@ -399,10 +403,19 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
             run.log(format_args!("the guest reports a crash {crash:x?}"));
         }
         Effect::Reset => run.core.shut_down = true,
+        Effect::Synic(new) => {
+            if let Some(gpa) = new {
+                child_synic::clear(number, partition, gpa);
+            }
+            child_synic::publish(run.vp, run.core);
+            run.deliverable = child_synic::deliver(number, run.vp, run.core);
+        }
+        Effect::Timers => child_synic::expire_timers(number, run.vp, run.core),
         Effect::HypercallPage(None)
         | Effect::ReferenceTscPage(None)
         | Effect::VpAssistPage(_)
         | Effect::AccessTracking(_)
+        | Effect::Notify(_)
         | Effect::Partition
         | Effect::None => {}
     }
@@ -596,6 +609,7 @@ impl<'a> View<'a> {
     pub fn publish(&mut self) {
         self.core.dirty = true;
         self.vp.posted.publish(self.core.apic.addressing());
+        child_synic::publish(self.vp, self.core);
         crate::child::show_registers(self.core);
     }
 
@@ -632,13 +646,19 @@ impl<'a> View<'a> {
     pub fn set(&mut self, name: u32, value: [u64; 2]) -> Result<Effect, HvStatus> {
         let partition = self.vp.partition.get();
         partition.changes.fetch_add(1, Ordering::Release);
-        self.registers().set(name, value)
+        let effect = self.registers().set(name, value)?;
+        if let Effect::Notify(set) = effect {
+            child_synic::notify(self.vp, set);
+        }
+        Ok(effect)
     }
 
     /// After a group of registers was set: a VMM that resets a VP by its registers alone.
     pub fn end_group(&mut self, group: &SetGroup) {
         if group.is_reset(&self.core.state) {
             registers::reset(&mut self.core.state, &mut self.core.apic);
+            self.core.timers = Timers::RESET;
+            child_synic::reset(self.vp);
             self.core.shut_down = false;
         }
     }
@@ -715,11 +735,52 @@ impl<'a> View<'a> {
         )
     }
 
-    /// A page of the SynIC, which is off: zeros.
-    pub fn get_zero_page(&mut self, cpu: u32, page: u64) -> Result<(), HvStatus> {
-        write_physical(cpu, Window::Output, page, &[0; 4096]);
-        Ok(())
+    /// The state of the synthetic timers.
+    pub fn get_timers(&self) -> [u64; TIMER_WORDS] {
+        let mut words = [0; TIMER_WORDS];
+        let state = self.core.timers.export();
+        for (to, from) in words.iter_mut().zip(state.iter().flatten()) {
+            *to = *from;
+        }
+        words
     }
+
+    /// Loads it.
+    pub fn set_timers(&mut self, words: &[u64; TIMER_WORDS]) -> Result<(), HvStatus> {
+        let mut state = [[0; stimer::STATE_WORDS]; stimer::TIMERS];
+        for (to, from) in state.iter_mut().flatten().zip(words) {
+            *to = *from;
+        }
+        let now = child_msr::reference_time(rdtsc(), self.partition);
+        if self.core.timers.import(&state, now) {
+            // The next entry computes the deadline.
+            self.vp
+                .partition
+                .get()
+                .changes
+                .fetch_add(1, Ordering::Release);
+            Ok(())
+        } else {
+            Err(HvStatus::INVALID_PARAMETER)
+        }
+    }
+}
+
+/// Words of `hv_synthetic_timers_state`.
+pub const TIMER_WORDS: usize = vp_state::SYNTHETIC_TIMERS_BYTES / 8;
+
+/// A page of the SynIC, for the VMM.
+pub fn get_synic_page(cpu: u32, vp: &Vp, kind: child_synic::Kind, page: u64) {
+    let bytes = scratch(cpu);
+    child_synic::get_page(cpu, vp, kind, bytes);
+    write_physical(cpu, Window::Output, page, bytes);
+}
+
+/// Loads it.
+pub fn set_synic_page(cpu: u32, vp: &Vp, kind: child_synic::Kind, page: u64) {
+    let bytes = scratch(cpu);
+    read_physical(cpu, Window::Output, page, bytes);
+    child_synic::set_page(cpu, vp, kind, bytes);
 }
 
 /// GET_PARTITION_PROPERTY of the root: what the processor has.

@@ -24,6 +24,8 @@ use crate::apic::{
     ApicFault, LocalApic, TimerClock, WriteEffect, X2APIC_MSR_FIRST, X2APIC_MSR_LAST,
 };
 use crate::child_cpuid::{is_long, privilege, privileges, synthetic, Features};
+use crate::stimer::{config, Timers};
+use crate::synic;
 use crate::vp_state::{segment, Effect, PartitionState, VpState};
 
 /// The access raises #GP(0) in the guest.
@@ -53,6 +55,15 @@ pub mod hv {
     pub const ICR: u32 = 0x4000_0071;
     pub const TPR: u32 = 0x4000_0072;
     pub const VP_ASSIST_PAGE: u32 = 0x4000_0073;
+    pub const SCONTROL: u32 = 0x4000_0080;
+    pub const SVERSION: u32 = 0x4000_0081;
+    pub const SIEFP: u32 = 0x4000_0082;
+    pub const SIMP: u32 = 0x4000_0083;
+    pub const EOM: u32 = 0x4000_0084;
+    pub const SINT0: u32 = 0x4000_0090;
+    pub const SINT15: u32 = 0x4000_009f;
+    pub const STIMER0_CONFIG: u32 = 0x4000_00b0;
+    pub const STIMER3_COUNT: u32 = 0x4000_00b7;
     pub const CRASH_P0: u32 = 0x4000_0100;
     pub const CRASH_CTL: u32 = 0x4000_0105;
     pub const TSC_INVARIANT_CONTROL: u32 = 0x4000_0118;
@@ -107,6 +118,8 @@ pub struct Local<'a> {
     pub vp: &'a mut VpState,
     /// Its local APIC.
     pub apic: &'a mut LocalApic,
+    /// Its synthetic timers.
+    pub timers: &'a mut Timers,
     /// Its partition.
     pub partition: &'a PartitionState,
     /// Its index.
@@ -317,6 +330,17 @@ fn read_hypervisor(number: u32, on: &Local<'_>) -> Outcome<u64> {
         hv::ICR if on.has(privilege::APIC_MSRS) => on.apic.icr(),
         hv::TPR if on.has(privilege::APIC_MSRS) => on.apic.tpr().into(),
         hv::VP_ASSIST_PAGE if hv1 => on.vp.vp_assist_page,
+        hv::SCONTROL..=hv::EOM | hv::SINT0..=hv::SINT15 if on.has(privilege::SYNIC) => {
+            read_synic(number, &on.vp.synic)?
+        }
+        hv::STIMER0_CONFIG..=hv::STIMER3_COUNT if on.has(privilege::SYNTHETIC_TIMERS) => {
+            let (index, is_count) = timer_of(number);
+            if is_count {
+                on.timers.count(index)
+            } else {
+                on.timers.config(index)
+            }
+        }
         hv::CRASH_CTL if hv1 => CRASH_NOTIFY | CRASH_NOTIFY_MESSAGE,
         hv::CRASH_P0..=hv::CRASH_CTL if hv1 => {
             let index = number.wrapping_sub(hv::CRASH_P0) as usize;
@@ -327,6 +351,28 @@ fn read_hypervisor(number: u32, on: &Local<'_>) -> Outcome<u64> {
         }
         _ => return unknown(partition),
     })
+}
+
+fn read_synic(number: u32, synic: &synic::Registers) -> Outcome<u64> {
+    Ok(match number {
+        hv::SCONTROL => synic.control,
+        hv::SVERSION => synic::VERSION,
+        hv::SIEFP => synic.siefp,
+        hv::SIMP => synic.simp,
+        hv::EOM => 0,
+        _ => *synic.sint.get(source_of(number)).ok_or(GeneralProtection)?,
+    })
+}
+
+/// Source whose register this MSR is; too large for the numbers in the gap before them.
+fn source_of(number: u32) -> usize {
+    number.wrapping_sub(hv::SINT0) as usize
+}
+
+/// Timer that this MSR belongs to, and whether it is the count.
+fn timer_of(number: u32) -> (usize, bool) {
+    let index = number.wrapping_sub(hv::STIMER0_CONFIG) as usize;
+    (index >> 1, index & 1 != 0)
 }
 
 // ---- writing -------------------------------------------------------------------------------------------
@@ -356,12 +402,12 @@ pub fn write(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
         ia32::TSC => {
             let step = value.wrapping_sub(now);
             vp.tsc_adjust = vp.tsc_adjust.wrapping_add(step);
-            return Ok(move_tsc(step, on));
+            return Ok(move_tsc(step, on.vp, on.apic, on.host_tsc));
         }
         ia32::TSC_ADJUST if features.tsc_adjust => {
             let step = value.wrapping_sub(vp.tsc_adjust);
             vp.tsc_adjust = value;
-            return Ok(move_tsc(step, on));
+            return Ok(move_tsc(step, on.vp, on.apic, on.host_tsc));
         }
         msr::APIC_BASE => return Ok(Effect::Apic(on.apic.write_apic_base(value)?)),
         msr::EFER => vp.efer = validate_efer(value, vp)?,
@@ -471,6 +517,12 @@ fn write_hypervisor(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effe
             on.vp.vp_assist_page = value;
             Effect::VpAssistPage(page(value))
         }
+        hv::SCONTROL..=hv::EOM | hv::SINT0..=hv::SINT15 if on.has(privilege::SYNIC) => {
+            write_synic(number, value, on.vp)?
+        }
+        hv::STIMER0_CONFIG..=hv::STIMER3_COUNT if on.has(privilege::SYNTHETIC_TIMERS) => {
+            write_timer(number, value, on)?
+        }
         hv::RESET if hv1 => {
             check(value & !1 == 0)?;
             if value == 0 {
@@ -493,6 +545,49 @@ fn write_hypervisor(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effe
             Effect::None
         }
     })
+}
+
+fn write_synic(number: u32, value: u64, vp: &mut VpState) -> Outcome<Effect> {
+    let features = vp.features;
+    let synic = &mut vp.synic;
+    let slot = match number {
+        hv::SCONTROL => {
+            synic.control = value & synic::ENABLE;
+            return Ok(Effect::Synic(None));
+        }
+        hv::SVERSION => return Err(GeneralProtection),
+        hv::EOM => return Ok(Effect::Synic(None)),
+        hv::SIEFP => &mut synic.siefp,
+        hv::SIMP => &mut synic.simp,
+        _ => {
+            let slot = synic.sint.get_mut(source_of(number));
+            let vector = value & synic::sint::VECTOR;
+            // Vectors below 16 are the processor's (SDM vol 3, 12.5.2).
+            check(vector >= 16 || value & synic::sint::MASKED != 0)?;
+            *slot.ok_or(GeneralProtection)? = value;
+            return Ok(Effect::Synic(None));
+        }
+    };
+    check(features.is_physical(value))?;
+    let old = core::mem::replace(slot, value);
+    // A page of the SynIC is empty at first, as if it were not the guest's memory.
+    Ok(Effect::Synic(
+        page(value).filter(|new| page(old) != Some(*new)),
+    ))
+}
+
+fn write_timer(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effect> {
+    let now = reference_time(on.host_tsc, on.partition);
+    let (index, is_count) = timer_of(number);
+    if is_count {
+        on.timers.set_count(index, value, now);
+    } else {
+        let direct = on.partition.synthetic_features & synthetic::DIRECT_TIMERS != 0;
+        check(value & !config::WRITABLE == 0)?;
+        check(value & config::DIRECT == 0 || direct && config::vector(value) >= 16)?;
+        on.timers.set_config(index, value, now);
+    }
+    Ok(Effect::Timers)
 }
 
 /// A write that [`write`] answered with [`Effect::Partition`].
@@ -565,10 +660,10 @@ pub(crate) const fn page(value: u64) -> Option<u64> {
 }
 
 /// The guest's TSC goes forward by `step`.
-pub(crate) fn move_tsc(step: u64, on: &mut Local<'_>) -> Effect {
-    let before = on.now();
-    on.vp.tsc_offset = on.vp.tsc_offset.wrapping_add(step);
-    on.apic.tsc_changed(before, on.now());
+pub(crate) fn move_tsc(step: u64, vp: &mut VpState, apic: &mut LocalApic, host_tsc: u64) -> Effect {
+    let before = host_tsc.wrapping_add(vp.tsc_offset);
+    vp.tsc_offset = vp.tsc_offset.wrapping_add(step);
+    apic.tsc_changed(before, before.wrapping_add(step));
     Effect::TscOffset
 }
 
@@ -812,23 +907,41 @@ pub const fn reference_time(host_tsc: u64, partition: &PartitionState) -> u64 {
     }
 }
 
-/// Sets the reference time to `value` at this moment.
-pub fn set_reference_time(value: u64, partition: &mut PartitionState, host_tsc: u64) {
+/// TSC ticks from reference time 0 to `value`; `u64::MAX` if that does not fit.
+fn reference_ticks(value: u64, partition: &PartitionState) -> u64 {
     let seconds = value.checked_div(REFERENCE_HZ).unwrap_or(0);
     let rest = value.checked_rem(REFERENCE_HZ).unwrap_or(0);
     let part = rest
         .saturating_mul(partition.tsc_hz)
         .checked_div(REFERENCE_HZ)
         .unwrap_or(0);
-    let mut ticks = seconds.wrapping_mul(partition.tsc_hz).wrapping_add(part);
-    // Scale and quotient were rounded down: what is read back shall be what was set.
+    let mut ticks = seconds
+        .saturating_mul(partition.tsc_hz)
+        .saturating_add(part);
+    // Scale and quotient were rounded down: then the time shall have been reached.
     for _ in 0..4 {
         if scaled(ticks, partition.reference_scale) < value {
-            ticks = ticks.wrapping_add(1);
+            ticks = ticks.saturating_add(1);
         }
     }
+    ticks
+}
+
+/// Sets the reference time to `value` at this moment.
+pub fn set_reference_time(value: u64, partition: &mut PartitionState, host_tsc: u64) {
     let now = partition.frozen_at.unwrap_or(host_tsc);
-    partition.reference_base = now.wrapping_sub(ticks);
+    partition.reference_base = now.wrapping_sub(reference_ticks(value, partition));
+}
+
+/// Host TSC at which the reference time reaches `value`; `u64::MAX` for never, as long as the partition's time stands still.
+#[must_use]
+pub fn host_tsc_at(value: u64, partition: &PartitionState) -> u64 {
+    let ticks = reference_ticks(value, partition);
+    if partition.frozen_at.is_some() || ticks >> 63 != 0 {
+        u64::MAX
+    } else {
+        partition.reference_base.wrapping_add(ticks)
+    }
 }
 
 /// Start of the reference TSC page (TLFS 12.7.2); the rest is zero. Reference time is
@@ -898,6 +1011,7 @@ mod tests {
     struct Machine {
         vp: VpState,
         apic: LocalApic,
+        timers: Timers,
         partition: PartitionState,
         tsc: u64,
     }
@@ -938,6 +1052,7 @@ mod tests {
             Self {
                 vp,
                 apic: LocalApic::new(config, 5, true),
+                timers: Timers::RESET,
                 partition,
                 tsc: 1_000_000,
             }
@@ -947,6 +1062,7 @@ mod tests {
             Local {
                 vp: &mut self.vp,
                 apic: &mut self.apic,
+                timers: &mut self.timers,
                 partition: &self.partition,
                 vp_index: 5,
                 host_tsc: self.tsc,
@@ -1083,8 +1199,8 @@ mod tests {
             0x480,
             0x570,
             0x4000_0010,
-            0x4000_0080,
-            0x4000_00b0,
+            0x4000_0050,
+            0x4000_0085,
             0x4000_00f0,
             0xdead_beef,
         ] {

@@ -4,14 +4,17 @@
 //! Input is copied before it is looked at, each element once. Rep calls do a bounded number of elements and say
 //! how many; the caller goes on from there (TLFS 3.7).
 
+use core::mem::offset_of;
+
 use hv_abi::boot::BootInfo;
 use hv_abi::hypercall::{code, result, Control, ANY_VP, PARTITION_SELF, ROOT_PARTITION};
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::partition::{
     unmap, vp_state, AssertVirtualInterrupt, CpuidLeaf, CreatePartition, CreateVp, DeleteVp,
     GetPartitionProperty, GetVpCpuidValues, InstallIntercept, MapGpaPages, MapVpStatePage,
-    PartitionId, RegisterAssoc, RegisterInterceptResult, SetPartitionProperty, TranslateResult,
-    TranslateVirtualAddress, UnmapGpaPages, UnmapVpStatePage, VpRegisters, VpState, WithdrawMemory,
+    PartitionId, PostMessageDirect, RegisterAssoc, RegisterInterceptResult, SetPartitionProperty,
+    SignalEventDirect, TranslateResult, TranslateVirtualAddress, UnmapGpaPages, UnmapVpStatePage,
+    VpRegisters, VpState, WithdrawMemory,
 };
 use hv_abi::status::HvStatus;
 use hv_x86::paging::PageSize;
@@ -21,9 +24,11 @@ use crate::arch::memory::{read_value, write_value, Window};
 use crate::arch::object::Ownership;
 use crate::child;
 use crate::child_emulate as emulate;
+use crate::child_synic::{self, Kind};
 use crate::partition::{self, InUse, Partition};
 use crate::registers::SetGroup;
 use crate::slat::{page_size, Page};
+use crate::synic::Message;
 use crate::vp::{Vp, VpCore};
 
 /// Elements of a rep call that one call does at most: bounds the time with interrupts off.
@@ -165,6 +170,8 @@ impl Call<'_> {
             code::TRANSLATE_VIRTUAL_ADDRESS => self.translate(),
             code::REGISTER_INTERCEPT_RESULT => self.register_result(),
             code::ASSERT_VIRTUAL_INTERRUPT => self.assert_interrupt(),
+            code::SIGNAL_EVENT_DIRECT => self.signal_event(),
+            code::POST_MESSAGE_DIRECT => self.post_message(),
             code::MAP_VP_STATE_PAGE => self.map_state_page(),
             code::UNMAP_VP_STATE_PAGE => self.unmap_state_page(),
             code::GET_VP_STATE => self.get_state(),
@@ -391,8 +398,7 @@ impl Call<'_> {
         })
     }
 
-    /// CPUID, MSR and exception intercepts are noted as accepted: what they ask for either exits anyway or is
-    /// finished here.
+    /// Intercepts of CPUID are accepted: it exits anyway, and the VMM registers results.
     fn install_intercept(&self) -> Outcome {
         let input: InstallIntercept = self.read(0)?;
         partition::find(input.partition_id)?;
@@ -489,6 +495,30 @@ impl Call<'_> {
         Ok(())
     }
 
+    fn signal_event(&self) -> Outcome {
+        let input: SignalEventDirect = self.read(0)?;
+        let target = partition::find(input.target_partition)?;
+        let vp = target.vp(input.target_vp)?;
+        only_vtl_0(input.target_vtl)?;
+        let new = child_synic::signal_event(
+            self.cpu,
+            &target,
+            vp,
+            input.target_sint.into(),
+            input.flag_number,
+        )?;
+        self.write(0, &u64::from(new))
+    }
+
+    fn post_message(&self) -> Outcome {
+        let input: PostMessageDirect = self.read(0)?;
+        let message: Message = self.read(offset_of!(PostMessageDirect, message_type) as u64)?;
+        let target = partition::find(input.partition_id)?;
+        let vp = target.vp(input.vp_index)?;
+        only_vtl_0(input.vtl)?;
+        child_synic::post_message(self.cpu, &target, vp, input.sint_index as usize, &message)
+    }
+
     fn map_state_page(&self) -> Outcome {
         let input: MapVpStatePage = self.read(0)?;
         let target = partition::find(input.partition_id)?;
@@ -532,18 +562,17 @@ impl Call<'_> {
         let input: VpState = self.read(0)?;
         let target = partition::find(input.partition_id)?;
         let (vp, mut core) = self.own(&target, input.vp_index)?;
+        if let Some(kind) = synic_page(input.state_type) {
+            emulate::get_synic_page(self.cpu, vp, kind, self.state_buffer()?);
+            return Ok(());
+        }
         let mut inner = target.inner.lock();
         let mut view = emulate::View::new(self.info, vp, &mut core, &mut inner.state);
         view.absorb_register_page();
         match input.state_type {
-            vp_state::SYNTHETIC_TIMERS => {
-                self.write(0, &[0u64; vp_state::SYNTHETIC_TIMERS_BYTES / 8])
-            }
+            vp_state::SYNTHETIC_TIMERS => self.write(0, &view.get_timers()),
             vp_state::LAPIC => view.get_lapic(self.cpu, self.state_buffer()?),
             vp_state::XSAVE => view.get_xsave(self.cpu, self.state_buffer()?),
-            vp_state::SIM_PAGE | vp_state::SIEF_PAGE => {
-                view.get_zero_page(self.cpu, self.state_buffer()?)
-            }
             _ => Err(HvStatus::INVALID_PARAMETER),
         }
     }
@@ -552,18 +581,40 @@ impl Call<'_> {
         let input: VpState = self.read(0)?;
         let target = partition::find(input.partition_id)?;
         let (vp, mut core) = self.own(&target, input.vp_index)?;
+        if let Some(kind) = synic_page(input.state_type) {
+            emulate::set_synic_page(self.cpu, vp, kind, self.state_buffer()?);
+            // The next entry delivers what is there.
+            core.dirty = true;
+            return Ok(());
+        }
         let mut inner = target.inner.lock();
         let mut view = emulate::View::new(self.info, vp, &mut core, &mut inner.state);
         view.absorb_register_page();
         match input.state_type {
-            // SynIC is not offered yet: nothing there can be other than zero.
-            vp_state::SYNTHETIC_TIMERS | vp_state::SIM_PAGE | vp_state::SIEF_PAGE => Ok(()),
+            vp_state::SYNTHETIC_TIMERS => view.set_timers(&self.read(size_of::<VpState>() as u64)?),
             vp_state::LAPIC => view.set_lapic(self.cpu, self.state_buffer()?),
             vp_state::XSAVE => view.set_xsave(self.cpu, self.state_buffer()?),
             _ => Err(HvStatus::INVALID_PARAMETER),
         }?;
         view.publish();
         Ok(())
+    }
+}
+
+/// Other trust levels than the lowest do not exist.
+fn only_vtl_0(vtl: u8) -> Outcome {
+    if vtl == 0 {
+        Ok(())
+    } else {
+        Err(HvStatus::INVALID_PARAMETER)
+    }
+}
+
+fn synic_page(state: u32) -> Option<Kind> {
+    match state {
+        vp_state::SIM_PAGE => Some(Kind::Messages),
+        vp_state::SIEF_PAGE => Some(Kind::Flags),
+        _ => None,
     }
 }
 

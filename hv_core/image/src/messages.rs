@@ -17,6 +17,7 @@ use hv_x86::regs::{cr0, efer};
 
 use crate::arch::{gpr, IoAccess};
 use crate::register_page::Shown;
+use crate::synic::Sources;
 use crate::vp_state::{segment, VpState};
 
 /// A message, header and payload, as far as any of them reaches. What it does not use is zero.
@@ -262,6 +263,15 @@ pub fn apic_eoi(vp_index: u32, vector: u8) -> Message {
     let mut new = Builder::new(message::APIC_EOI, 8);
     new.put(0, vp_index.into());
     new.put(4, vector.into());
+    new.0
+}
+
+/// Sources of the SynIC that the VMM asked for can take a message (`hv_x64_synic_sint_deliverable_message`).
+#[must_use]
+pub fn sint_deliverable(vp_index: u32, vp: &VpState, cr8: u8, sources: Sources) -> Message {
+    let mut new = Builder::new(message::SYNIC_SINT_DELIVERABLE, 48);
+    new.header(vp_index, vp, &Shown::of(vp), cr8, 0, access::READ);
+    new.put(40, sources.into());
     new.0
 }
 

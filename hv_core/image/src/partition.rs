@@ -13,13 +13,15 @@ use crate::arch::memory::{Guard, SpinLock};
 use crate::arch::object::{Handle, Owned};
 use crate::memory::{PagePool, Shared};
 use crate::slat::{Page, Slat};
+use crate::stimer::Timers;
+use crate::synic::Synic;
 use crate::vp::{Vp, VpCore};
 use crate::vp_state::{PartitionState, VpState};
 
 /// Partitions at a time.
 const MAX_PARTITIONS: usize = 256;
-/// Pages of a VP: itself, extended state, VMCS or VMCB, CPUID results.
-const VP_PAGES: u64 = 4;
+/// Pages of a VP: itself, extended state, VMCS or VMCB, CPUID results, messages and event flags that the SynIC holds.
+const VP_PAGES: u64 = 6;
 /// VPs of a partition.
 pub const MAX_VPS: usize = 256;
 
@@ -273,6 +275,9 @@ impl Partition {
             }
             core.keep();
         }
+        for page in vp.get().held {
+            pool.give(page);
+        }
         pool.give(vp.spa());
     }
 
@@ -335,12 +340,15 @@ impl Partition {
         core.xsave = take()?;
         core.control = take()?;
         core.overrides = take()?;
+        let held = [take()?, take()?];
         // Slot and index in 16 bits; slots begin at 2, so 0 and the root's 1 do not occur.
         core.vpid = (slot_of(self.id) as u16) << 8 | index as u16;
         let addressing = core.apic.addressing();
         let vp = Vp {
             core: Owned::new(core),
             posted: crate::apic::Posted::new(),
+            synic: SpinLock::new(Synic::new()),
+            held,
             partition: handle,
             index,
             run_page: AtomicU64::new(0),
@@ -437,19 +445,27 @@ impl Partition {
 
     /// What is behind a GPA, if it is mapped.
     pub fn lookup(&self, gpa: u64) -> Option<Translation> {
-        let inner = self.inner.lock();
-        let found = inner.slat.as_ref()?.lookup(&inner.pool, gpa);
-        found.filter(|found| found.attributes.read)
+        self.inner.lock().lookup(gpa)
     }
 
     /// SPA behind a GPA, if it is mapped with the rights.
     pub fn translate(&self, gpa: u64, write: bool) -> Option<u64> {
-        let found = self.lookup(gpa)?;
-        (!write || found.attributes.write).then_some(found.spa)
+        self.inner.lock().translate(gpa, write)
     }
 }
 
 impl Inner {
+    fn lookup(&self, gpa: u64) -> Option<Translation> {
+        let found = self.slat.as_ref()?.lookup(&self.pool, gpa);
+        found.filter(|found| found.attributes.read)
+    }
+
+    /// SPA behind a GPA, if it is mapped with the rights. It stays so while the lock is held.
+    pub fn translate(&self, gpa: u64, write: bool) -> Option<u64> {
+        let found = self.lookup(gpa)?;
+        (!write || found.attributes.write).then_some(found.spa)
+    }
+
     fn table(&mut self) -> Result<(&mut Slat, &mut PagePool), HvStatus> {
         match &mut self.slat {
             Some(slat) => Ok((slat, &mut self.pool)),
@@ -492,6 +508,8 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         steps: false,
         port: None,
         logged: false,
+        timers: Timers::RESET,
+        timers_seen: 0,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }
 }

@@ -19,11 +19,10 @@ use hv_x86::state::{Segment, Table, UNUSABLE};
 
 use crate::apic::{self, LocalApic, TimerClock, WriteEffect};
 use crate::child_msr::{
-    move_tsc, mtrr_slot, page, read_mtrr, reference_time, validate_xcr0, Local, MTRR_CAP,
+    move_tsc, mtrr_slot, page, read_mtrr, reference_time, validate_xcr0, MTRR_CAP,
 };
-use crate::vp_state::{
-    segment, Effect, PartitionState, TscWrite, VpState, SINT_MASKED, XSAVE_BYTES,
-};
+use crate::synic;
+use crate::vp_state::{segment, Effect, PartitionState, TscWrite, VpState, XSAVE_BYTES};
 
 /// Names of registers (`hv_register_name`), as far as they are not one of a series.
 #[allow(missing_docs)] // The names are TLFS'.
@@ -128,8 +127,9 @@ pub mod name {
 /// Bits of INTERNAL_ACTIVITY_STATE.
 const STARTUP_SUSPEND: u64 = 1 << 0;
 const HALT_SUSPEND: u64 = 1 << 1;
-/// SVERSION (TLFS 11.8).
-const SYNIC_VERSION: u64 = 1;
+
+/// DELIVERABILITY_NOTIFICATIONS: sources of the SynIC.
+const NOTIFY_SINTS: u64 = 0xffff << 48;
 
 /// Everything that a register name can reach.
 pub struct Registers<'a> {
@@ -224,11 +224,11 @@ impl Registers<'_> {
             TIME_REF_COUNT => reference_time(self.host_tsc, partition),
             VP_ASSIST_PAGE => vp.vp_assist_page,
             REFERENCE_TSC => partition.reference_tsc,
-            SINT0..=SINT15 => *item(&vp.sint, number, SINT0)?,
-            SCONTROL => vp.scontrol,
-            SVERSION => SYNIC_VERSION,
-            SIEFP => vp.siefp,
-            SIMP => vp.simp,
+            SINT0..=SINT15 => *item(&vp.synic.sint, number, SINT0)?,
+            SCONTROL => vp.synic.control,
+            SVERSION => synic::VERSION,
+            SIEFP => vp.synic.siefp,
+            SIMP => vp.synic.simp,
             _ => match mtrr_number(number).and_then(|number| read_mtrr(number, vp)) {
                 Some(value) => value,
                 None if reads_zero(number) => 0,
@@ -274,7 +274,13 @@ impl Registers<'_> {
                 vp.interrupt_shadow = low & 1 != 0;
                 vp.nmi_masked = low & 2 != 0;
             }
-            DELIVERABILITY_NOTIFICATIONS if low != 0 => return Err(HvStatus::INVALID_PARAMETER),
+            DELIVERABILITY_NOTIFICATIONS => {
+                // Of those for interrupts there are none: the APIC is the hypervisor's.
+                if low & !NOTIFY_SINTS != 0 {
+                    return Err(HvStatus::INVALID_PARAMETER);
+                }
+                return Ok(Effect::Notify((low >> 48) as u16));
+            }
             RAX..=R15 => *item_mut(&mut vp.context.gprs, number, RAX)? = low,
             RIP => vp.rip = low,
             RFLAGS => vp.rflags = low | 2,
@@ -354,12 +360,24 @@ impl Registers<'_> {
                     Effect::ReferenceTscPage(page(low))
                 });
             }
-            SINT0..=SINT15 => *item_mut(&mut vp.sint, number, SINT0)? = low,
-            SCONTROL => vp.scontrol = low & 1,
-            SIEFP => vp.siefp = low,
-            SIMP => vp.simp = low,
+            SINT0..=SINT15 => {
+                *item_mut(&mut vp.synic.sint, number, SINT0)? = low;
+                return Ok(Effect::Synic(None));
+            }
+            SCONTROL => {
+                vp.synic.control = low & synic::ENABLE;
+                return Ok(Effect::Synic(None));
+            }
+            SIEFP => {
+                vp.synic.siefp = low;
+                return Ok(Effect::Synic(None));
+            }
+            SIMP => {
+                vp.synic.simp = low;
+                return Ok(Effect::Synic(None));
+            }
             // End of message: whatever was written.
-            EOM => {}
+            EOM => return Ok(Effect::Synic(None)),
             _ => {
                 if let Some(slot) = mtrr_number(number).and_then(|number| mtrr_slot(number, vp)) {
                     *slot = low;
@@ -402,16 +420,7 @@ impl Registers<'_> {
         }
         self.vp.tsc_read = None;
         let step = offset.wrapping_sub(self.vp.tsc_offset);
-        move_tsc(
-            step,
-            &mut Local {
-                vp: self.vp,
-                apic: self.apic,
-                partition: self.partition,
-                vp_index: self.vp_index,
-                host_tsc: self.host_tsc,
-            },
-        )
+        move_tsc(step, self.vp, self.apic, self.host_tsc)
     }
 }
 
@@ -736,10 +745,7 @@ impl SetGroup {
 /// VMM set up, the SynIC, events, and who waits for a start-up IPI. The addressing of the APIC has to be published.
 pub fn reset(vp: &mut VpState, apic: &mut LocalApic) {
     apic.reset(true);
-    vp.sint = [SINT_MASKED; 16];
-    vp.scontrol = 0;
-    vp.siefp = 0;
-    vp.simp = 0;
+    vp.synic = synic::Registers::RESET;
     vp.vp_assist_page = 0;
     vp.pending_interruption = 0;
     vp.pending_event = [0; 2];
@@ -924,7 +930,7 @@ mod tests {
         for number in [name::SCONTROL, name::SIEFP, name::SIMP, name::EOM] {
             assert_eq!(m.get(number), [0, 0]);
         }
-        assert_eq!(m.set(name::EOM, 5), Ok(Effect::None));
+        assert_eq!(m.set(name::EOM, 5), Ok(Effect::Synic(None)));
         assert_eq!(m.get(name::EOM), [0, 0]);
     }
 
@@ -973,10 +979,11 @@ mod tests {
     }
 
     #[test]
-    fn notifications_are_refused() {
+    fn only_notifications_of_the_synic_are_taken() {
         let mut m = Machine::new(0);
         let number = name::DELIVERABILITY_NOTIFICATIONS;
-        assert_eq!(m.set(number, 0), Ok(Effect::None));
+        assert_eq!(m.set(number, 0), Ok(Effect::Notify(0)));
+        assert_eq!(m.set(number, 1 << 50), Ok(Effect::Notify(4)));
         assert_eq!(m.set(number, 1), Err(HvStatus(5)));
     }
 
@@ -1161,7 +1168,7 @@ mod tests {
         let mut m = Machine::new(1);
         m.vp.startup_suspend = false;
         m.vp.halt_suspend = true;
-        m.vp.simp = 0x5001;
+        m.vp.synic.simp = 0x5001;
         m.vp.pending_interruption = 1;
         m.vp.cr0 = 0x8005_0033;
         let _ = m.apic.write(0x350, 0x0001_0700, 0).unwrap();
@@ -1170,7 +1177,7 @@ mod tests {
         assert!(group.is_reset(&m.vp));
         reset(&mut m.vp, &mut m.apic);
         assert!(m.vp.startup_suspend && !m.vp.halt_suspend);
-        assert_eq!((m.vp.simp, m.vp.pending_interruption), (0, 0));
+        assert_eq!((m.vp.synic.simp, m.vp.pending_interruption), (0, 0));
         assert_eq!(m.apic.read(0xf0, 0), Ok(0xff));
         assert_eq!(m.apic.read(0x350, 0), Ok(0x0001_0700));
     }

@@ -6,10 +6,13 @@ use core::sync::atomic::AtomicU64;
 use hv_abi::hypercall::PortSet;
 
 use crate::apic::{LocalApic, Posted};
+use crate::arch::memory::SpinLock;
 use crate::arch::object::{Handle, Owned};
 use crate::arch::IoAccess;
 use crate::cpuid_cache::CpuidCache;
 use crate::partition::Partition;
+use crate::stimer::Timers;
+use crate::synic::Synic;
 use crate::vp_state::VpState;
 
 /// What belongs to the CPU that runs the VP, or that works on its registers.
@@ -72,6 +75,10 @@ pub struct VpCore {
     pub port: Option<IoAccess>,
     /// A line about the VP was logged: each VP gets one, so that no guest and no VMM floods the root's log.
     pub logged: bool,
+    /// Synthetic timers.
+    pub timers: Timers,
+    /// The partition's `changes` when their deadline was computed.
+    pub timers_seen: u64,
     /// What CPUID said last.
     pub cpuid: CpuidCache,
 }
@@ -83,6 +90,10 @@ pub struct Vp {
     pub core: Owned<VpCore>,
     /// Interrupts from others.
     pub posted: Posted,
+    /// What others may send by the SynIC.
+    pub synic: SpinLock<Synic>,
+    /// SPAs of the pages in which it holds messages and event flags.
+    pub held: [u64; 2],
     /// Its partition.
     pub partition: Handle<Partition>,
     /// VP index.

@@ -10,6 +10,7 @@ use hv_x86::state::{Segment, Table};
 use crate::apic::WriteEffect;
 use crate::child_cpuid::Features;
 use crate::child_msr::reference_scale;
+use crate::synic::{self, Sources};
 
 /// Index into [`VpState::segments`], in the order of `HV_X64_REGISTER_ES` and following.
 #[allow(missing_docs)] // The names are the registers'.
@@ -93,22 +94,13 @@ pub struct VpState {
     pub intercept_suspend: bool,
     /// HV_X64_MSR_VP_ASSIST_PAGE.
     pub vp_assist_page: u64,
-    /// HV_X64_MSR_SINT0 and following.
-    pub sint: [u64; 16],
-    /// HV_X64_MSR_SCONTROL.
-    pub scontrol: u64,
-    /// HV_X64_MSR_SIEFP.
-    pub siefp: u64,
-    /// HV_X64_MSR_SIMP.
-    pub simp: u64,
+    /// Registers of the SynIC.
+    pub synic: synic::Registers,
     /// The TSC that the VMM read last. `None` again once the VP has run.
     pub tsc_read: Option<u64>,
     /// What its CPUID offers: taken anew whenever a result is registered.
     pub features: Features,
 }
-
-/// HV_X64_MSR_SINT0 at reset: masked.
-pub const SINT_MASKED: u64 = 1 << 16;
 
 /// What the caller has to do after it wrote a register, an MSR or a property. Whatever it says, registers in
 /// [`VpState`] may have changed.
@@ -127,6 +119,12 @@ pub enum Effect {
     ReferenceTscPage(Option<u64>),
     /// HV_X64_MSR_VP_ASSIST_PAGE: the page is at this GPA now, `None` if nowhere.
     VpAssistPage(Option<u64>),
+    /// A register of the SynIC was written. Its page at this GPA is new: clear it.
+    Synic(Option<u64>),
+    /// Tell the VMM when these sources of the SynIC can take a message.
+    Notify(Sources),
+    /// A synthetic timer was set.
+    Timers,
     /// Reference time jumped: write the reference TSC page anew, if there is one.
     ReferenceTime,
     /// IA32_SPEC_CTRL has another value.
@@ -324,10 +322,7 @@ impl VpState {
             explicit_suspend: true,
             intercept_suspend: false,
             vp_assist_page: 0,
-            sint: [SINT_MASKED; 16],
-            scontrol: 0,
-            siefp: 0,
-            simp: 0,
+            synic: synic::Registers::RESET,
             tsc_read: None,
             features: Features::NONE,
         }

@@ -52,7 +52,7 @@ fn deposit_retry_after_insufficient_memory() {
         );
         assert_eq!(
             root.with_deposits(id, |r| r.call(code::CREATE_VP, vp(id, 0))),
-            4
+            6
         );
         // One table at each level below the root.
         assert_eq!(root.with_deposits(id, |r| r.map(id, 0, KEPT, 3)), 3);

@@ -3,14 +3,18 @@
 
 mod common;
 
+use core::mem::offset_of;
+
 use common::*;
 use hv_abi::boot::Vendor;
 use hv_abi::hypercall::{code, state_page, DispatchEvent, PortSet, VpRunPage};
-use hv_abi::partition::{message, MapVpStatePage};
+use hv_abi::partition::{message, MapVpStatePage, SignalEventDirect};
+use hv_abi::status::HvStatus;
 use hv_image::apic::{DeliveryMode, Interrupt};
 use hv_image::arch::object::Ownership;
 use hv_image::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use hv_image::child::{post, show, Next, Quick, Run};
+use hv_image::child_cpuid::synthetic;
 use hv_image::child_msr::Paging;
 use hv_image::partition::find;
 use hv_image::register_page::Shown;
@@ -219,6 +223,7 @@ impl Bed {
             core: self.core.as_mut().expect("until the end"),
             hardware: fake,
             first: false,
+            deliverable: 0,
         }
     }
 
@@ -540,4 +545,197 @@ proptest! {
         }
         prop_assert!(posted.is_empty() && nmi.0 == nmi.1, "{:x?} {:?}", posted, nmi);
     }
+}
+
+const SCONTROL: u32 = 0x4000_0080;
+const SIMP: u32 = 0x4000_0083;
+const EOM: u32 = 0x4000_0084;
+const SINT2: u32 = 0x4000_0092;
+const SINT3: u32 = 0x4000_0093;
+const STIMER0_CONFIG: u32 = 0x4000_00b0;
+const STIMER0_COUNT: u32 = 0x4000_00b1;
+/// Guest memory for the SynIC, and where it is.
+const SLOTS_GPA: u64 = 0x5000;
+const SLOTS: u64 = KEPT + 4 * PAGE;
+const SLOT2: u64 = SLOTS + 2 * 256;
+
+impl Bed {
+    /// With a SynIC, and memory for it.
+    fn with_synic() -> Self {
+        let mut bed = Self::new();
+        let id = bed.id;
+        bed.root
+            .with_deposits(id, |root| root.map(id, SLOTS_GPA, SLOTS, 3));
+        let partition = find(id).expect("it lives");
+        partition.inner.lock().state.synthetic_features = synthetic::ASSIGNABLE;
+        bed
+    }
+
+    fn wrmsr(&mut self, number: u32, value: u64) -> (Option<DispatchEvent>, Option<Delivered>) {
+        let gprs = &mut self.core().state.context.gprs;
+        (gprs[0], gprs[1], gprs[2]) = (value & 0xffff_ffff, number.into(), value >> 32);
+        let (next, fake) = self.exit(Fake::new(ChildExit::MsrWrite));
+        (next, fake.delivered)
+    }
+
+    /// The VMM posts a message with this value to source 2.
+    fn message(&self, value: u64) -> Result<(), HvStatus> {
+        let mut input = [0_u32; 70];
+        let head = [self.id as u32, (self.id >> 32) as u32, 0, 0, 2, 1, 8];
+        input[..7].copy_from_slice(&head);
+        input[9] = value as u32;
+        self.root.call(code::POST_MESSAGE_DIRECT, input)
+    }
+
+    fn signal(&self, vp: u32, target_sint: u8, flag_number: u16) -> Result<u64, HvStatus> {
+        let input = SignalEventDirect {
+            target_partition: self.id,
+            target_vp: vp,
+            target_sint,
+            flag_number,
+            ..Default::default()
+        };
+        self.root.call(code::SIGNAL_EVENT_DIRECT, input)?;
+        Ok(get(OUTPUT))
+    }
+}
+
+#[test]
+fn messages_wait_for_the_guest() {
+    let mut bed = Bed::with_synic();
+    put(SLOTS, [u64::MAX; 512]);
+    assert_eq!(bed.message(1), Ok(()));
+    assert_eq!(bed.message(2), Err(HvStatus::INSUFFICIENT_BUFFERS));
+    assert_eq!(bed.wrmsr(SIMP, SLOTS_GPA | 1), (None, None));
+    assert_eq!(bytes(SLOTS), [0; 4096], "the page is empty at first");
+    assert_eq!(bed.wrmsr(SCONTROL, 1), (None, None));
+    let second = Some(Delivered::Interrupt(0x40));
+    assert_eq!(bed.wrmsr(SINT2, 0x40), (None, second));
+    assert_eq!(get::<[u64; 3]>(SLOT2), [1 | 8 << 32, 0, 1]);
+    // The slot is full now: it says that there is more.
+    assert_eq!(bed.message(2), Ok(()));
+    assert_eq!(get::<u64>(SLOT2), 1 | 8 << 32 | 1 << 40);
+    assert_eq!(bed.message(3), Err(HvStatus::INSUFFICIENT_BUFFERS));
+    let _ = bed.core().apic.eoi();
+    put(SLOT2, 0_u64);
+    assert_eq!(bed.wrmsr(EOM, 0), (None, second));
+    assert_eq!(get::<[u64; 3]>(SLOT2), [1 | 8 << 32, 0, 2]);
+}
+
+#[test]
+fn vmm_is_told_when_a_source_can_take_a_message() {
+    let mut bed = Bed::with_synic();
+    assert_eq!(bed.message(1), Ok(()));
+    bed.vp.synic.lock().want(1 << 2);
+    let _ = (bed.wrmsr(SIMP, SLOTS_GPA | 1), bed.wrmsr(SCONTROL, 1));
+    let (next, _) = bed.wrmsr(SINT2, 0x40);
+    assert_eq!(next, Some(DispatchEvent::Intercept));
+    assert_eq!(get::<u32>(MESSAGE), 0x8000_0062);
+    assert_eq!(get::<u16>(MESSAGE + 16 + 40), 1 << 2);
+    let (next, fake) = bed.exit(Fake::new(ChildExit::Nop));
+    assert_eq!(
+        (next, fake.delivered),
+        (None, Some(Delivered::Interrupt(0x40)))
+    );
+}
+
+#[test]
+fn calls_to_the_synic_are_checked() {
+    let bed = Bed::with_synic();
+    let bad = Err(HvStatus::INVALID_PARAMETER);
+    assert_eq!(bed.signal(1, 0, 0), Err(HvStatus::INVALID_VP_INDEX));
+    assert_eq!(bed.signal(0, 16, 0), bad);
+    assert_eq!(bed.signal(0, 0, 2048), bad);
+    assert_eq!(bed.signal(0, 15, 2047), Ok(1));
+    assert_eq!(bed.signal(0, 15, 2047), Ok(0));
+    for (word, value) in [(3, 1), (4, 16), (6, 241)] {
+        let mut input = [0_u32; 70];
+        input[..7].copy_from_slice(&[bed.id as u32, (bed.id >> 32) as u32, 0, 0, 2, 1, 8]);
+        input[word] = value;
+        assert_eq!(
+            bed.root.call(code::POST_MESSAGE_DIRECT, input),
+            Err(HvStatus::INVALID_PARAMETER)
+        );
+    }
+}
+
+#[test]
+fn synic_that_the_partition_lacks_faults() {
+    let mut bed = Bed::with_synic();
+    let partition = find(bed.id).expect("it lives");
+    let lacks = synthetic::SYNIC | synthetic::SYNTHETIC_TIMERS;
+    partition.inner.lock().state.synthetic_features = synthetic::ASSIGNABLE & !lacks;
+    for number in [SIMP, SINT2, STIMER0_CONFIG] {
+        let fault = Delivered::Event(VALID | 3 << 8 | 13, 0);
+        assert_eq!(bed.wrmsr(number, 0x30), (None, Some(fault)));
+    }
+}
+
+#[test]
+fn source_without_memory_keeps_what_it_gets() {
+    let mut bed = Bed::with_synic();
+    for (number, value) in [(SIMP, 0x9001), (SCONTROL, 1), (SINT2, 0x40)] {
+        assert_eq!(bed.wrmsr(number, value), (None, None));
+    }
+    assert_eq!(bed.message(7), Ok(()));
+    let vector = Some(Delivered::Interrupt(0x40));
+    assert_eq!(bed.wrmsr(SIMP, SLOTS_GPA | 1), (None, vector));
+    assert_eq!(get::<u64>(SLOT2 + 16), 7);
+}
+
+#[test]
+fn interrupt_that_ends_itself_is_not_in_service() {
+    let mut bed = Bed::with_synic();
+    let _ = (bed.wrmsr(SIMP, SLOTS_GPA | 1), bed.wrmsr(SCONTROL, 1));
+    assert_eq!(bed.wrmsr(SINT2, 0x40 | 1 << 17), (None, None));
+    for value in 1..4 {
+        assert_eq!(bed.message(value), Ok(()));
+        let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
+        assert_eq!(fake.delivered, Some(Delivered::Interrupt(0x40)));
+        put(SLOT2, 0_u64);
+    }
+}
+
+#[test]
+fn timers_raise_interrupts_and_send_messages() {
+    let mut bed = Bed::with_synic();
+    let _ = (bed.wrmsr(SIMP, SLOTS_GPA | 1), bed.wrmsr(SCONTROL, 1));
+    // Direct, enabled by its count, which has passed.
+    assert_eq!(bed.wrmsr(STIMER0_CONFIG, 0xed << 4 | 0x1008), (None, None));
+    let direct = Some(Delivered::Interrupt(0xed));
+    assert_eq!(bed.wrmsr(STIMER0_COUNT, 1), (None, direct));
+    let _ = bed.core().apic.eoi();
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
+    assert_eq!(fake.delivered, None, "it is no periodic one");
+    // Timer 1 for source 3, which is full: its message comes when it is free.
+    put(SLOTS + 3 * 256, 1_u64);
+    assert_eq!(bed.wrmsr(SINT3, 0x41), (None, None));
+    assert_eq!(bed.wrmsr(STIMER0_CONFIG + 2, 3 << 16 | 8), (None, None));
+    assert_eq!(bed.wrmsr(STIMER0_COUNT + 2, 1), (None, None));
+    put(SLOTS + 3 * 256, 0_u64);
+    let message = Some(Delivered::Interrupt(0x41));
+    assert_eq!(bed.wrmsr(EOM, 0), (None, message));
+    let [first, _, index, at, ..] = get::<[u64; 5]>(SLOTS + 3 * 256);
+    assert_eq!((first, index, at), (0x18_8000_0010, 1, 1));
+}
+
+#[test]
+fn root_learns_when_a_timer_expires() {
+    let mut bed = Bed::with_synic();
+    let deadline = || get::<u64>(RUN_PAGE + offset_of!(VpRunPage, deadline) as u64);
+    assert_eq!(bed.wrmsr(STIMER0_CONFIG, 0xed << 4 | 0x1008), (None, None));
+    // 100 s, in ticks of 1 GHz.
+    let time = 1_000_000_000;
+    let (next, _) = bed.wrmsr(STIMER0_COUNT, time);
+    assert_eq!(next, Some(DispatchEvent::Deadline));
+    let base = {
+        let partition = find(bed.id).expect("it lives");
+        let base = partition.inner.lock().state.reference_base;
+        base
+    };
+    let expected = base + time * 100;
+    assert!((expected..expected + 200).contains(&deadline()));
+    // Once told, it goes on.
+    let (next, _) = bed.exit(Fake::new(ChildExit::Nop));
+    assert_eq!(next, None);
 }

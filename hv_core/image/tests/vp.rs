@@ -16,6 +16,7 @@ use hv_image::child_msr::{
 use hv_image::messages;
 use hv_image::register_page::{absorb, fill, RegisterPage, Shown};
 use hv_image::registers::{name, reset, Registers, SetGroup};
+use hv_image::stimer::Timers;
 use hv_image::translate::{control, fetch_instruction, gva_page, linear_rip, translate};
 use hv_image::vp_state::{Effect, HostFacts, PartitionState, VpState, XSAVE_BYTES};
 use proptest::prelude::*;
@@ -48,6 +49,7 @@ fn host(seed: u32) -> impl Fn(u32, u32) -> [u32; 4] {
 struct Machine {
     vp: VpState,
     apic: LocalApic,
+    timers: Timers,
     partition: PartitionState,
     overrides: Overrides,
     xsave: [u8; XSAVE_BYTES],
@@ -94,6 +96,7 @@ impl Machine {
         let mut new = Self {
             vp: VpState::reset(true),
             apic: LocalApic::new(config, 2, true),
+            timers: Timers::RESET,
             partition,
             overrides: Overrides::new(),
             xsave: [0; XSAVE_BYTES],
@@ -123,6 +126,7 @@ impl Machine {
         let mut local = Local {
             vp: &mut self.vp,
             apic: &mut self.apic,
+            timers: &mut self.timers,
             partition: &self.partition,
             vp_index: 2,
             host_tsc: self.tsc,
@@ -137,6 +141,7 @@ impl Machine {
         let local = Local {
             vp: &mut self.vp,
             apic: &mut self.apic,
+            timers: &mut self.timers,
             partition: &self.partition,
             vp_index: 2,
             host_tsc: self.tsc,

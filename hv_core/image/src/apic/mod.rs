@@ -307,6 +307,8 @@ pub struct LocalApic {
     x2apic: bool,
     tsc_deadline: bool,
     address_mask: u64,
+    /// Vectors of the SynIC whose interrupts end when they are delivered (TLFS 11.8.4).
+    auto_eoi: VectorSet,
 }
 
 impl LocalApic {
@@ -342,6 +344,7 @@ impl LocalApic {
             x2apic: config.x2apic,
             tsc_deadline: config.tsc_deadline,
             address_mask: (u64::MAX >> unused) & !0xfff,
+            auto_eoi: VectorSet::EMPTY,
         }
     }
 
@@ -752,6 +755,12 @@ impl LocalApic {
         }
     }
 
+    /// Interrupts with these vectors end when they are delivered: the SynIC's.
+    pub fn set_auto_eoi(&mut self, vectors: impl Iterator<Item = u8>) {
+        self.auto_eoi = VectorSet::EMPTY;
+        vectors.for_each(|vector| self.auto_eoi.insert(vector));
+    }
+
     /// Moves `vector` from IRR to ISR when it is delivered to the VP. False if it was not in IRR.
     #[inline]
     pub fn acknowledge(&mut self, vector: u8) -> bool {
@@ -759,9 +768,11 @@ impl LocalApic {
             return false;
         }
         self.irr_top = self.irr.highest();
-        self.isr.insert(vector);
-        self.isr_top = self.isr_top.max(vector);
-        self.update_ppr();
+        if !self.auto_eoi.contains(vector) {
+            self.isr.insert(vector);
+            self.isr_top = self.isr_top.max(vector);
+            self.update_ppr();
+        }
         true
     }
 

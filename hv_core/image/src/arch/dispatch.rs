@@ -69,6 +69,7 @@ pub fn dispatch<W: WorldSwitch>(
         core: &mut core,
         hardware,
         first,
+        deliverable: 0,
     };
     let next = if run.resume_quickly(step) {
         Next::Enter
@@ -142,6 +143,7 @@ fn exited<'a, W: WorldSwitch>(
         core,
         hardware,
         first: false,
+        deliverable: 0,
     }
 }
 

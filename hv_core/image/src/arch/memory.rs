@@ -5,7 +5,7 @@
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hv_abi::layout::PAGE_SIZE;
 #[cfg(target_os = "none")]
@@ -27,7 +27,7 @@ pub use super::host::memory as direct;
 
 /// A lock for short sections: the image is not preempted, so a holder always goes on.
 ///
-/// Order: a partition's lock before the hypervisor's. None is held across a world switch.
+/// Order: a partition's lock, that of a VP's SynIC, the hypervisor's. None is held across a world switch.
 pub struct SpinLock<T> {
     taken: AtomicBool,
     value: UnsafeCell<T>,
@@ -172,6 +172,18 @@ pub fn window(cpu: u32, window: Window, spa: u64) -> *mut u8 {
 #[cfg(not(target_os = "none"))]
 pub fn window(_: u32, _: Window, spa: u64) -> *mut u8 {
     direct(spa & !(PAGE_SIZE - 1))
+}
+
+/// Runs `f` on the page of guest memory at `spa`. `f` looks at no other guest memory.
+pub fn with_guest_page<R>(
+    cpu: u32,
+    spa: u64,
+    f: impl FnOnce(&[AtomicU64; PAGE_SIZE as usize / 8]) -> R,
+) -> R {
+    let page = window(cpu, Window::Guest, spa).cast();
+    // SAFETY: the window shows one whole page, until this CPU uses it the next time, which `f` does not. The guest may write
+    // the page at the same time; any bytes are valid for atomics.
+    f(unsafe { &*page })
 }
 
 /// Copies `to.len()` bytes from physical memory; the range lies inside one page.

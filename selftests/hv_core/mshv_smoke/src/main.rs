@@ -151,6 +151,24 @@ const CHECKS: &[Check] = &[
     ),
     ("vp_outlives_its_file", vps::vp_outlives_its_file),
     ("deleted_vp_is_gone", vps::deleted_vp_is_gone),
+    (
+        "messages_reach_the_guest_in_order",
+        synic::messages_reach_the_guest_in_order,
+    ),
+    (
+        "message_wakes_a_sleeping_guest",
+        synic::message_wakes_a_sleeping_guest,
+    ),
+    (
+        "event_flags_reach_the_guest",
+        synic::event_flags_reach_the_guest,
+    ),
+    (
+        "vmm_hears_when_a_source_takes_messages_again",
+        synic::vmm_hears_when_a_source_takes_messages_again,
+    ),
+    ("timers_expire", synic::timers_expire),
+    ("synic_state_moves", synic::synic_state_moves),
 ];
 
 /// What `killed_owner_leaves_nothing` starts itself as.
@@ -201,6 +219,7 @@ mod memory;
 mod nmi;
 mod paging;
 mod ports;
+mod synic;
 mod vps;
 
 fn guest_runs_code_and_writes_ports() -> Outcome {
