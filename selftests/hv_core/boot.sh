@@ -11,12 +11,19 @@ compute_sum "$(dirname "$0")/checksum"
 
 ktap_print_header
 child_boots=${child_boots:-2}
-ktap_set_plan $((5 + 3 * child_boots))
+ktap_set_plan $((5 + 4 * child_boots))
 # A kernel that panics restarts the machine: 3 is a reset (vmwp(1)).
 panic_ends_in_a_reset() {
 	child_arguments=rdinit=/nothing
 	child 1 vmwp
 	[ $? = 3 ] && grep -q 'Kernel panic' $log
+}
+# Timers of the SynIC, and hypercalls to other VPs.
+uses_enlightenments() {
+	local one
+	for one in 'timers .*Hyper-V clockevent' 'Hyper-V: Using IPI hypercalls' 'Hyper-V: Using hypercall for remote TLB flush'; do
+		grep -q "^child: $one" $log || { echo "not in the log: $one"; return 1; }
+	done
 }
 # The state of the child's memory, as long as it has any.
 watch_memory() {
@@ -40,6 +47,7 @@ while [ "$boot" -lt "$child_boots" ]; do
 	ktap_test_result "child_${boot}_with_${vps}_vps_powers_off" child $vps vmwp
 	ktap_test_result "child_${boot}_with_${vps}_vps_sees_hyper_v" grep -q '^child: Hypervisor detected: Microsoft Hyper-V' $log
 	ktap_test_result "child_${boot}_with_${vps}_vps_computes" sums $vps
+	ktap_test_result "child_${boot}_with_${vps}_vps_uses_enlightenments" uses_enlightenments
 	child_arguments=
 done
 touch /tmp/watched

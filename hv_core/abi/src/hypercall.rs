@@ -25,6 +25,16 @@ impl Control {
         (self.0 >> 16) & 1 != 0
     }
 
+    /// Words of variable header, bits 26:17.
+    pub const fn variable_words(self) -> u16 {
+        (self.0 >> 17) as u16 & 0x3ff
+    }
+
+    /// Whether bits are set that have to be zero: 30:27, 47:44, 63:60; bit 31, a call to a nested hypervisor.
+    pub const fn has_reserved(self) -> bool {
+        self.0 & 0xf000_f000_f800_0000 != 0
+    }
+
     /// Rep count, bits 43:32.
     pub const fn rep_count(self) -> u16 {
         ((self.0 >> 32) & 0xfff) as u16

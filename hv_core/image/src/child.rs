@@ -15,6 +15,7 @@ use crate::arch::object::{page_bytes, shared};
 use crate::arch::switch::rdtsc;
 use crate::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use crate::child_emulate as emulate;
+use crate::child_hypercall::{self, Outcome};
 use crate::child_synic;
 use crate::messages;
 use crate::partition::{Partition, RUN_PAGE};
@@ -163,7 +164,7 @@ impl<H: ChildHardware> Run<'_, H> {
         }
         let done = match self.hardware.quick_exit() {
             Some(QuickExit::Cpuid) => emulate::cpuid_quickly(self),
-            Some(QuickExit::Hypercall) => emulate::hypercall_quickly(self),
+            Some(QuickExit::Hypercall) => child_hypercall::hypercall_quickly(self),
             Some(QuickExit::MsrRead) => emulate::read_msr_quickly(self),
             None if self.hardware.is_port() => return Quick::Port,
             None => false,
@@ -216,13 +217,20 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::Window => {}
             ChildExit::Iret => self.hardware.end_nmi(self.core),
             ChildExit::Cpuid => emulate::cpuid(self),
-            ChildExit::Hypercall => emulate::hypercall(self),
+            ChildExit::Hypercall => match child_hypercall::hypercall(self) {
+                Outcome::Done => {}
+                Outcome::Signal => return Next::Root(DispatchEvent::Signal),
+                Outcome::Missing(gpa) => {
+                    return self.memory_message(false, gpa, false, false, None)
+                }
+            },
             ChildExit::MsrRead => emulate::read_msr(self),
             ChildExit::MsrWrite => return self.effect_of_msr_write(),
             ChildExit::Xsetbv => emulate::xsetbv(self),
             ChildExit::Halt => {
                 self.skip();
                 self.core.state.halt_suspend = true;
+                self.core.state.idle = false;
             }
             ChildExit::Io(access) => return self.port(access),
             ChildExit::ControlRegisterWrite { register, source } => {
@@ -495,8 +503,15 @@ impl<H: ChildHardware> Run<'_, H> {
             return self
                 .message(|run| messages::unrecoverable_exception(run.vp.index, &run.core.state));
         }
+        if !self.core.flushes.is_empty() && !child_hypercall::wait_for_flushes(self) {
+            return Next::Root(DispatchEvent::Signal);
+        }
         if self.vp.posted.is_outstanding() {
             self.vp.posted.drain_into(&mut self.core.apic);
+        }
+        if self.vp.stale.load(Ordering::SeqCst) {
+            self.vp.stale.store(false, Ordering::SeqCst);
+            self.first = true;
         }
         let host = rdtsc();
         let now = host.wrapping_add(self.core.state.tsc_offset);
@@ -543,14 +558,16 @@ impl<H: ChildHardware> Run<'_, H> {
         }
         self.core.in_hardware = true;
         if self.core.state.halt_suspend {
+            // HV_X64_MSR_GUEST_IDLE waits for interrupts also where none can be taken.
             let wakes = pending.nmi
                 || self.core.requeue.0 != 0
-                || self.hardware.interrupt_flag()
+                || (self.core.state.idle || self.hardware.interrupt_flag())
                     && (pending.ext_int.is_some() || pending.vector.is_some());
             if !wakes {
                 return Next::Root(DispatchEvent::Halted);
             }
             self.core.state.halt_suspend = false;
+            self.core.state.idle = false;
         }
         // Before anything is injected: an injected event must be followed by an entry.
         if self.deadline() < self.core.told_deadline {
@@ -808,14 +825,19 @@ pub fn show_registers(core: &VpCore) {
 
 /// Leaves an interrupt for a VP that this CPU does not own. True if its thread has to be told.
 pub fn post(vp: &Vp, interrupt: Interrupt) -> bool {
-    if !vp.posted.post(interrupt) {
-        return false;
+    let new = vp.posted.post(interrupt);
+    if new {
+        signal(vp);
     }
+    new
+}
+
+/// Has the root wake the VP's thread, or interrupt the CPU that runs it.
+pub fn signal(vp: &Vp) {
     let page = vp.run_page.load(Ordering::Acquire);
     if page != 0 {
         shared::<VpRunPage>(page).signal.store(1, Ordering::Release);
     }
-    true
 }
 
 const _: () = assert!(state_page::REGISTERS == 0 && state_page::INTERCEPT_MESSAGE == 1);

@@ -192,8 +192,16 @@ pub mod synthetic {
     pub const REFERENCE_TSC: u64 = 1 << 9;
     /// HV_X64_MSR_TSC_FREQUENCY and APIC_FREQUENCY.
     pub const FREQUENCY_MSRS: u64 = 1 << 11;
+    /// HV_X64_MSR_GUEST_IDLE.
+    pub const GUEST_IDLE: u64 = 1 << 10;
     /// Synthetic timers that raise interrupts.
     pub const DIRECT_TIMERS: u64 = 1 << 22;
+    /// Hypercalls with sparse sets of VPs.
+    pub const SPARSE_SETS: u64 = 1 << 24;
+    /// Hypercalls that flush translations.
+    pub const FLUSHES: u64 = 1 << 25;
+    /// Hypercalls that send interrupts.
+    pub const CLUSTER_IPI: u64 = 1 << 26;
     /// All that a partition can be given.
     pub const ASSIGNABLE: u64 = HYPERVISOR_PRESENT
         | HV1
@@ -205,7 +213,11 @@ pub mod synthetic {
         | VP_INDEX
         | REFERENCE_TSC
         | FREQUENCY_MSRS
-        | DIRECT_TIMERS;
+        | GUEST_IDLE
+        | DIRECT_TIMERS
+        | SPARSE_SETS
+        | FLUSHES
+        | CLUSTER_IPI;
 }
 
 /// Bits of leaf 4000_0003h EAX, the low half of the privilege mask.
@@ -224,6 +236,8 @@ pub mod privilege {
     pub const VP_INDEX: u32 = 1 << 6;
     /// HV_X64_MSR_REFERENCE_TSC.
     pub const REFERENCE_TSC: u32 = 1 << 9;
+    /// HV_X64_MSR_GUEST_IDLE.
+    pub const GUEST_IDLE: u32 = 1 << 10;
     /// HV_X64_MSR_TSC_FREQUENCY and APIC_FREQUENCY.
     pub const FREQUENCIES: u32 = 1 << 11;
     /// HV_X64_MSR_TSC_INVARIANT_CONTROL.
@@ -234,10 +248,14 @@ pub mod privilege {
 const FEATURE_FREQUENCIES: u32 = 1 << 8;
 const FEATURE_CRASH: u32 = 1 << 10;
 const FEATURE_DIRECT_TIMERS: u32 = 1 << 19;
-/// Leaf 4000_0004h EAX: EOI, ICR and TPR by MSR; no watchdog by time; no automatic EOI.
+/// Leaf 4000_0004h EAX: flushes by hypercall; EOI, ICR and TPR by MSR; no watchdog by time; no automatic EOI; interrupts by
+/// hypercall; sparse sets of VPs in both.
+const HINT_FLUSHES: u32 = 1 << 2;
 const HINT_APIC_MSRS: u32 = 1 << 3;
 const HINT_RELAXED_TIMING: u32 = 1 << 5;
 const HINT_NO_AUTO_EOI: u32 = 1 << 9;
+const HINT_CLUSTER_IPI: u32 = 1 << 10;
+const HINT_SPARSE_SETS: u32 = 1 << 11;
 
 /// One feature of the banks: bank (2 = XSAVE features) and bit, and where CPUID has it.
 struct Feature {
@@ -1009,7 +1027,8 @@ fn words(text: &[u8; 12]) -> [u32; 3] {
 /// Low half of the privilege mask: what MSRs the partition has (leaf 4000_0003h EAX).
 #[must_use]
 pub fn privileges(features: u64, invariant_tsc: bool) -> u32 {
-    const MAP: [(u64, u32); 8] = [
+    const MAP: [(u64, u32); 9] = [
+        (synthetic::GUEST_IDLE, privilege::GUEST_IDLE),
         (synthetic::REFERENCE_COUNTER, privilege::TIME_REF_COUNT),
         (synthetic::SYNIC, privilege::SYNIC),
         (synthetic::SYNTHETIC_TIMERS, privilege::SYNTHETIC_TIMERS),
@@ -1072,6 +1091,15 @@ fn hypervisor_leaf(
             let mut hints = HINT_RELAXED_TIMING | HINT_NO_AUTO_EOI;
             if features & synthetic::APIC_MSRS != 0 {
                 hints |= HINT_APIC_MSRS;
+            }
+            for (feature, hint) in [
+                (synthetic::FLUSHES, HINT_FLUSHES),
+                (synthetic::CLUSTER_IPI, HINT_CLUSTER_IPI),
+                (synthetic::SPARSE_SETS, HINT_SPARSE_SETS),
+            ] {
+                if features & feature != 0 {
+                    hints |= hint;
+                }
             }
             // Spin locks: never report a long wait.
             [hints, u32::MAX, 0, 0]
@@ -1939,8 +1967,8 @@ mod tests {
         );
         assert_eq!(seen(0x4000_0002, 0, &partition)[EBX], 10 << 16);
         let [a, b, _, d] = seen(0x4000_0003, 0, &partition);
-        assert_eq!((a, b, d), (0x8a7e, 0, 0x8_0500));
-        assert_eq!(seen(0x4000_0004, 0, &partition)[EAX], 0x228);
+        assert_eq!((a, b, d), (0x8e7e, 0, 0x8_0500));
+        assert_eq!(seen(0x4000_0004, 0, &partition)[EAX], 0x62c);
         for leaf in [0x4000_0007, 0x4000_000a, 0x4000_0082] {
             assert_eq!(seen(leaf, 0, &partition), [0; 4]);
         }
@@ -1961,6 +1989,7 @@ mod tests {
             (7, 5),
             (8, 6),
             (9, 9),
+            (10, 10),
             (11, 11),
         ] {
             assert_eq!(privileges(synthetic::HV1 | (1 << feature), false), 1 << bit);

@@ -4,7 +4,6 @@
 use core::sync::atomic::Ordering;
 
 use hv_abi::boot::{BootInfo, Vendor};
-use hv_abi::hypercall::{result, Control};
 use hv_abi::mitigation::action;
 use hv_abi::partition::{creation, vp_state, CreatePartition, RegisterInterceptResult};
 use hv_abi::status::HvStatus;
@@ -19,7 +18,7 @@ use crate::arch::memory::{read_physical, write_physical, Window};
 use crate::arch::object::{overrides, overrides_mut, page_bytes, scratch};
 use crate::arch::switch::{self, rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
-use crate::child::{absorb_page, dirty_page, exception, Run};
+use crate::child::{absorb_page, dirty_page, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local, Paging};
 use crate::child_synic;
@@ -308,10 +307,12 @@ pub fn read_msr_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
     let number = run.core.state.context.gprs[gpr::RCX] as u32;
     let value = match child_msr::constant(number, run.info.vendor) {
         Some(value) => value,
-        None if child_msr::is_hidden(number) => match msr_value(run.vp, run.core, number) {
-            Ok(value) => value,
-            Err(_) => return false,
-        },
+        None if child_msr::is_hidden(number) && number != child_msr::hv::GUEST_IDLE => {
+            match msr_value(run.vp, run.core, number) {
+                Ok(value) => value,
+                Err(_) => return false,
+            }
+        }
         None => return false,
     };
     run.hardware.skip_quick(2);
@@ -327,9 +328,19 @@ pub fn read_msr<H: ChildHardware>(run: &mut Run<'_, H>) {
         Ok(value) => {
             run.skip();
             set_msr_result(run, value);
+            if number == child_msr::hv::GUEST_IDLE && may_wait(run.partition()) {
+                run.core.state.halt_suspend = true;
+                run.core.state.idle = true;
+            }
         }
         Err(_) => run.general_protection(),
     }
+}
+
+/// Whether HV_X64_MSR_GUEST_IDLE is more than an unknown MSR.
+fn may_wait(partition: &Partition) -> bool {
+    let features = partition.inner.lock().state.synthetic_features;
+    child_cpuid::privileges(features, false) & child_cpuid::privilege::GUEST_IDLE != 0
 }
 
 /// Brings out what an access to the MSR needs: nothing but the mode for those that only the hypervisor keeps.
@@ -444,47 +455,6 @@ fn write_reference_page(cpu: u32, partition: &Partition, tsc_offset: u64) {
         slot.copy_from_slice(&word.to_le_bytes());
     }
     write_guest(cpu, partition, msr & !0xfff, bytes);
-}
-
-/// Whether the VP may make hypercalls in its mode, which is in `state` (TLFS 3.7).
-fn may_call(state: &VpState) -> bool {
-    state.segments[segment::SS].rights >> 5 & 3 == 0 && state.cr0 & 1 != 0
-}
-
-/// None is offered yet beyond the hint that a lock is waited for.
-#[inline(always)]
-fn do_hypercall<H: ChildHardware>(run: &mut Run<'_, H>) {
-    const NOTIFY_LONG_SPIN_WAIT: u16 = 8;
-    let control = Control(run.core.state.context.gprs[gpr::RCX]);
-    let status = match control.code() {
-        NOTIFY_LONG_SPIN_WAIT => HvStatus::SUCCESS,
-        _ => HvStatus::INVALID_HYPERCALL_CODE,
-    };
-    run.hardware.rax(run.core, result(status, 0));
-}
-
-/// A hypercall of a guest that made one before, with the same identity.
-#[inline(always)]
-pub fn hypercall_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
-    let changes = run.partition().changes.load(Ordering::Acquire);
-    let known = run.core.identified == changes && run.hardware.is_kernel();
-    if known {
-        run.hardware.skip_quick(3);
-        do_hypercall(run);
-    }
-    known
-}
-
-/// A hypercall of the guest.
-pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) {
-    let changes = run.partition().changes.load(Ordering::Acquire);
-    let os_id = run.partition().inner.lock().state.guest_os_id;
-    if !may_call(run.peek()) || os_id == 0 {
-        return run.raise(exception::UNDEFINED, None);
-    }
-    run.core.identified = changes;
-    run.skip();
-    do_hypercall(run);
 }
 
 /// XSETBV of a child.

@@ -64,6 +64,7 @@ pub mod hv {
     pub const SINT15: u32 = 0x4000_009f;
     pub const STIMER0_CONFIG: u32 = 0x4000_00b0;
     pub const STIMER3_COUNT: u32 = 0x4000_00b7;
+    pub const GUEST_IDLE: u32 = 0x4000_00f0;
     pub const CRASH_P0: u32 = 0x4000_0100;
     pub const CRASH_CTL: u32 = 0x4000_0105;
     pub const TSC_INVARIANT_CONTROL: u32 = 0x4000_0118;
@@ -341,6 +342,8 @@ fn read_hypervisor(number: u32, on: &Local<'_>) -> Outcome<u64> {
                 on.timers.config(index)
             }
         }
+        // The caller lets the VP wait.
+        hv::GUEST_IDLE if on.has(privilege::GUEST_IDLE) => 0,
         hv::CRASH_CTL if hv1 => CRASH_NOTIFY | CRASH_NOTIFY_MESSAGE,
         hv::CRASH_P0..=hv::CRASH_CTL if hv1 => {
             let index = number.wrapping_sub(hv::CRASH_P0) as usize;
@@ -536,6 +539,7 @@ fn write_hypervisor(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effe
         hv::CRASH_P0..=hv::CRASH_CTL if hv1 => Effect::Partition,
         hv::TSC_INVARIANT_CONTROL if on.has(privilege::TSC_INVARIANT) => Effect::Partition,
         hv::VP_INDEX if on.has(privilege::VP_INDEX) => return Err(GeneralProtection),
+        hv::GUEST_IDLE if on.has(privilege::GUEST_IDLE) => return Err(GeneralProtection),
         hv::TIME_REF_COUNT if on.has(privilege::TIME_REF_COUNT) => return Err(GeneralProtection),
         hv::TSC_FREQUENCY | hv::APIC_FREQUENCY if on.has(privilege::FREQUENCIES) => {
             return Err(GeneralProtection);
@@ -1201,7 +1205,7 @@ mod tests {
             0x4000_0010,
             0x4000_0050,
             0x4000_0085,
-            0x4000_00f0,
+            0x4000_00f8,
             0xdead_beef,
         ] {
             m.partition.ignore_unknown_msrs = false;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Partitions: creation, memory, deletion.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use hv_abi::boot::BootInfo;
 use hv_abi::hypercall::PortSet;
@@ -11,6 +11,7 @@ use hv_x86::paging::{PageSize, Translation};
 
 use crate::arch::memory::{Guard, SpinLock};
 use crate::arch::object::{Handle, Owned};
+use crate::guest_call::VpSet;
 use crate::memory::{PagePool, Shared};
 use crate::slat::{Page, Slat};
 use crate::stimer::Timers;
@@ -347,6 +348,7 @@ impl Partition {
         let vp = Vp {
             core: Owned::new(core),
             posted: crate::apic::Posted::new(),
+            stale: AtomicBool::new(false),
             synic: SpinLock::new(Synic::new()),
             held,
             partition: handle,
@@ -510,6 +512,7 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         logged: false,
         timers: Timers::RESET,
         timers_seen: 0,
+        flushes: VpSet::NONE,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }
 }

@@ -753,6 +753,7 @@ pub fn reset(vp: &mut VpState, apic: &mut LocalApic) {
     vp.interrupt_shadow = false;
     vp.nmi_masked = false;
     vp.halt_suspend = false;
+    vp.idle = false;
     vp.startup_suspend = !apic.is_bsp();
 }
 

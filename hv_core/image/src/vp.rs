@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A virtual processor of a child.
 
-use core::sync::atomic::AtomicU64;
+use core::sync::atomic::{AtomicBool, AtomicU64};
 
 use hv_abi::hypercall::PortSet;
 
@@ -10,6 +10,7 @@ use crate::arch::memory::SpinLock;
 use crate::arch::object::{Handle, Owned};
 use crate::arch::IoAccess;
 use crate::cpuid_cache::CpuidCache;
+use crate::guest_call::VpSet;
 use crate::partition::Partition;
 use crate::stimer::Timers;
 use crate::synic::Synic;
@@ -77,6 +78,8 @@ pub struct VpCore {
     pub logged: bool,
     /// Synthetic timers.
     pub timers: Timers,
+    /// VPs that have to forget translations before this one goes on.
+    pub flushes: VpSet,
     /// The partition's `changes` when their deadline was computed.
     pub timers_seen: u64,
     /// What CPUID said last.
@@ -90,6 +93,8 @@ pub struct Vp {
     pub core: Owned<VpCore>,
     /// Interrupts from others.
     pub posted: Posted,
+    /// It has translations that do not hold any more, as another VP of the guest says.
+    pub stale: AtomicBool,
     /// What others may send by the SynIC.
     pub synic: SpinLock<Synic>,
     /// SPAs of the pages in which it holds messages and event flags.

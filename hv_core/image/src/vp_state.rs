@@ -88,6 +88,8 @@ pub struct VpState {
     pub startup_suspend: bool,
     /// Executed HLT and waits for an event.
     pub halt_suspend: bool,
+    /// It waits because it read HV_X64_MSR_GUEST_IDLE.
+    pub idle: bool,
     /// `HvRegisterExplicitSuspend`.
     pub explicit_suspend: bool,
     /// `HvRegisterInterceptSuspend`.
@@ -319,6 +321,7 @@ impl VpState {
             nmi_masked: false,
             startup_suspend: !is_bsp,
             halt_suspend: false,
+            idle: false,
             explicit_suspend: true,
             intercept_suspend: false,
             vp_assist_page: 0,

@@ -44,6 +44,8 @@ struct Fake {
     window: bool,
     nmi_window: bool,
     rip: u64,
+    /// The last entry dropped translations.
+    flushed: bool,
 }
 
 impl Fake {
@@ -57,6 +59,7 @@ impl Fake {
             window: false,
             nmi_window: false,
             rip: 0x1000,
+            flushed: false,
         }
     }
 
@@ -161,7 +164,9 @@ impl ChildHardware for Fake {
     fn request_nmi_window(&mut self, _: &mut VpCore) {
         self.nmi_window = true;
     }
-    fn before_entry(&mut self, _: &mut VpCore, _: bool) {}
+    fn before_entry(&mut self, _: &mut VpCore, flush: bool) {
+        self.flushed = flush;
+    }
     fn paging(&self) -> Paging {
         Paging {
             cr0: 0,
@@ -738,4 +743,143 @@ fn root_learns_when_a_timer_expires() {
     // Once told, it goes on.
     let (next, _) = bed.exit(Fake::new(ChildExit::Nop));
     assert_eq!(next, None);
+}
+
+const FLUSH: u64 = 0x2;
+const SEND_IPI: u64 = 0xb;
+const FAST: u64 = 1 << 16;
+const GUEST_IDLE: u32 = 0x4000_00f0;
+
+impl Bed {
+    /// With an identity and 64-bit code, so that it can make hypercalls.
+    fn that_calls() -> Self {
+        let mut bed = Self::with_synic();
+        let partition = find(bed.id).expect("it lives");
+        partition.inner.lock().state.guest_os_id = 1;
+        let state = &mut bed.core().state;
+        state.cr0 |= 1;
+        state.efer = 1 << 10;
+        state.segments[1].rights |= 1 << 13;
+        bed
+    }
+
+    fn call(&mut self, control: u64, first: u64, second: u64) -> (Option<DispatchEvent>, Fake) {
+        let gprs = &mut self.core().state.context.gprs;
+        (gprs[1], gprs[2], gprs[8]) = (control, first, second);
+        self.exit(Fake::new(ChildExit::Hypercall))
+    }
+
+    fn rax(&mut self) -> u64 {
+        self.core().state.context.gprs[0]
+    }
+
+    /// Makes another VP and takes it.
+    fn other(&mut self) -> (&'static Vp, Ownership<'static, VpCore>) {
+        let id = self.id;
+        self.root
+            .with_deposits(id, |root| root.call(code::CREATE_VP, vp(id, 1)));
+        let other = find(id).expect("it lives").vp(1).expect("there is one");
+        let mut core = other.core.acquire().expect("nobody has it");
+        core.state.startup_suspend = false;
+        let _ = core.apic.write(0xf0, 0x1ff, 0);
+        (other, core)
+    }
+
+    /// An exit of another VP without an effect, and its entry.
+    fn pass(&self, vp: &'static Vp, core: &mut VpCore) -> Fake {
+        let mut run = Run {
+            info: self.root.machine.info(),
+            cpu: 1,
+            vp,
+            core,
+            hardware: Fake::new(ChildExit::Nop),
+            first: false,
+            deliverable: 0,
+        };
+        assert!(matches!(run.after_exit(), Next::Enter));
+        run.hardware
+    }
+}
+
+#[test]
+fn flush_waits_for_vps_that_run() {
+    let mut bed = Bed::that_calls();
+    let (other, mut core) = bed.other();
+    let _ = bed.pass(other, &mut core);
+    assert!(!bed.pass(other, &mut core).flushed);
+    let (next, _) = bed.call(FLUSH, SLOTS_GPA, 0);
+    assert_eq!((next, bed.rax()), (None, 0), "the set was empty");
+    put(SLOTS, [0_u64, 0, 0b11]);
+    let (next, _) = bed.call(FLUSH, SLOTS_GPA, 0);
+    assert_eq!((next, bed.rax()), (Some(DispatchEvent::Signal), 0));
+    let again = bed.run(Fake::new(ChildExit::Nop)).enter();
+    assert!(matches!(again, Next::Root(DispatchEvent::Signal)));
+    assert!(bed.pass(other, &mut core).flushed);
+    let mut run = bed.run(Fake::new(ChildExit::Nop));
+    run.first = true;
+    assert!(matches!(run.enter(), Next::Enter));
+    assert!(run.hardware.flushed);
+    assert!(!bed.pass(other, &mut core).flushed);
+}
+
+#[test]
+fn flush_of_a_vp_that_does_not_run_comes_at_its_entry() {
+    let mut bed = Bed::that_calls();
+    let (other, mut core) = bed.other();
+    let _ = bed.pass(other, &mut core);
+    drop(core);
+    put(SLOTS, [0_u64, 1, 0]);
+    let (next, fake) = bed.call(FLUSH, SLOTS_GPA, 0);
+    assert_eq!((next, bed.rax(), fake.flushed), (None, 0, true));
+    let mut core = other.core.acquire().expect("nobody has it");
+    assert!(bed.pass(other, &mut core).flushed);
+}
+
+#[test]
+fn interrupt_goes_to_all_of_a_set() {
+    let mut bed = Bed::that_calls();
+    let (other, mut core) = bed.other();
+    let _ = bed.pass(other, &mut core);
+    let (next, _) = bed.call(SEND_IPI | FAST, 0x51, 0b11);
+    assert_eq!((next, bed.rax()), (Some(DispatchEvent::Signal), 0));
+    let vector = Some(Delivered::Interrupt(0x51));
+    assert_eq!(bed.pass(other, &mut core).delivered, vector);
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
+    assert_eq!(fake.delivered, vector);
+    let (next, _) = bed.call(SEND_IPI | FAST, 5, 0b11);
+    let status = HvStatus::INVALID_PARAMETER.0.into();
+    assert_eq!((next, bed.rax()), (None, status));
+}
+
+#[test]
+fn call_without_input_is_the_vmms_to_see() {
+    let mut bed = Bed::that_calls();
+    let (next, fake) = bed.call(FLUSH, 0x9000, 0);
+    assert_eq!((next, fake.rip), (Some(DispatchEvent::Intercept), 0x1000));
+    assert_eq!(get::<u32>(MESSAGE), 0x8000_0000);
+    let (next, fake) = bed.call(FLUSH, SLOTS_GPA + 4, 0);
+    let status = HvStatus::INVALID_ALIGNMENT.0.into();
+    assert_eq!((next, bed.rax(), fake.rip), (None, status, 0x1001));
+    // The input ends at the end of its page.
+    let (next, _) = bed.call(FLUSH, SLOTS_GPA + 4096 - 16, 0);
+    let status = HvStatus::INVALID_HYPERCALL_INPUT.0.into();
+    assert_eq!((next, bed.rax()), (None, status));
+}
+
+#[test]
+fn idle_guest_wakes_with_interrupts_off() {
+    let mut bed = Bed::with_synic();
+    bed.core().state.context.gprs[1] = GUEST_IDLE.into();
+    let (next, fake) = bed.exit(Fake::new(ChildExit::MsrRead));
+    assert_eq!((next, fake.rip), (Some(DispatchEvent::Halted), 0x1001));
+    bed.post(DeliveryMode::Fixed, 0x31);
+    let mut run = bed.run(Fake::new(ChildExit::Nop));
+    run.hardware.open = false;
+    assert!(matches!(run.enter(), Next::Enter));
+    assert_eq!(run.hardware.delivered, None);
+    // HLT is another matter.
+    let mut fake = Fake::new(ChildExit::Halt);
+    fake.open = false;
+    let (next, _) = bed.exit(fake);
+    assert_eq!(next, Some(DispatchEvent::Halted));
 }

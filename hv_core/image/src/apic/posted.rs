@@ -122,6 +122,11 @@ impl Posted {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, raise);
     }
 
+    /// Makes the VP look what there is at its next exit.
+    pub fn alert(&self) {
+        self.outstanding.store(true, Ordering::Release);
+    }
+
     /// True if something has been posted since the last drain.
     #[inline]
     #[must_use]

@@ -111,6 +111,8 @@ pub mod gpr {
     pub const RDX: usize = 2;
     pub const RBX: usize = 3;
     pub const RSP: usize = 4;
+    pub const RSI: usize = 6;
+    pub const RDI: usize = 7;
     pub const R8: usize = 8;
 }
 

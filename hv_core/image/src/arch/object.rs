@@ -83,10 +83,15 @@ impl<T> Owned<T> {
         }
     }
 
+    /// Whether somebody has it. Whoever takes it after a `false` sees what the caller wrote before.
+    pub fn is_taken(&self) -> bool {
+        self.taken.load(Ordering::SeqCst)
+    }
+
     /// Takes the cell, unless somebody has it.
     pub fn acquire(&self) -> Option<Ownership<'_, T>> {
         self.taken
-            .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .compare_exchange(false, true, Ordering::SeqCst, Ordering::Relaxed)
             .is_ok()
             .then_some(Ownership { cell: self })
     }
