@@ -43,26 +43,30 @@ fn put(area: &mut [u8], offset: usize, value: u64) {
     }
 }
 
-/// Calls `each` with component and compacted offset of every extended component in `mask`.
+/// Calls `each` with component and compacted offset of every extended component in `mask`, of those that `form` lays out.
+/// The others only take room, and need not fit.
 fn walk(
+    form: u64,
     mask: u64,
     component: impl Fn(u32) -> Component,
-    mut each: impl FnMut(u32, Component, usize) -> Option<()>,
-) -> Result<(), HvStatus> {
+    mut each: impl FnMut(Component, usize) -> Option<()>,
+) -> Option<()> {
     let mut offset = EXTENDED;
-    for bit in (2..63).filter(|bit| mask >> bit & 1 != 0) {
+    for bit in (2..63).filter(|bit| form >> bit & 1 != 0) {
         let c = component(bit);
         if c.aligned {
-            offset = offset.next_multiple_of(64);
+            offset = offset.checked_next_multiple_of(64)?;
         }
-        let end = offset.checked_add(c.size).filter(|end| *end <= BYTES);
-        if end.is_none() || c.offset.checked_add(c.size).is_none_or(|end| end > BYTES) {
-            return Err(HvStatus::INVALID_PARAMETER);
+        let end = offset.checked_add(c.size)?;
+        if mask >> bit & 1 != 0 {
+            if end.max(c.offset.checked_add(c.size)?) > BYTES {
+                return None;
+            }
+            each(c, offset)?;
         }
-        each(bit, c, offset).ok_or(HvStatus::INVALID_PARAMETER)?;
-        offset += c.size;
+        offset = end;
     }
-    Ok(())
+    Some(())
 }
 
 /// Writes the compacted form of a standard area to `to`: the components of `mask`, those in initial state left out of
@@ -81,17 +85,18 @@ pub fn compact(
     }
     put(to, XSTATE_BV, used);
     put(to, XCOMP_BV, COMPACTED | mask);
-    walk(mask & !LEGACY, component, |bit, c, offset| {
-        if used >> bit & 1 != 0 {
-            to.get_mut(offset..offset + c.size)?
-                .copy_from_slice(standard.get(c.offset..c.offset + c.size)?);
-        }
+    walk(mask, used, component, |c, offset| {
+        to.get_mut(offset..offset + c.size)?
+            .copy_from_slice(standard.get(c.offset..c.offset + c.size)?);
         Some(())
     })
+    .ok_or(HvStatus::INVALID_PARAMETER)
 }
 
 /// Writes the standard form of an area that the VMM gave, in either form, to `to`. Components outside `mask`, reserved
-/// header bits and reserved MXCSR bits are refused: loading them would fault. On an error `to` is unchanged.
+/// header bits and reserved MXCSR bits are refused: loading them would fault. The compacted form may leave room for
+/// components outside `mask` that the processor has: clients lay out all that they offer the guest. On an error `to` is
+/// unchanged.
 pub fn expand(
     from: &[u8; BYTES],
     to: &mut [u8; BYTES],
@@ -104,11 +109,9 @@ pub fn expand(
         .get(XCOMP_BV + 8..EXTENDED)
         .is_some_and(|b| b.iter().any(|b| *b != 0));
     let mxcsr = get(from, MXCSR) as u32;
-    if used & !mask != 0
-        || form & !(COMPACTED | mask) != 0
-        || reserved
-        || mxcsr & MXCSR_RESERVED != 0
-    {
+    let room = form & !mask;
+    let unknown = (2..63).any(|bit| room >> bit & 1 != 0 && component(bit).size == 0);
+    if used & !mask != 0 || unknown || reserved || mxcsr & MXCSR_RESERVED != 0 {
         return Err(HvStatus::INVALID_PARAMETER);
     }
     if form & COMPACTED == 0 {
@@ -122,19 +125,18 @@ pub fn expand(
         return Err(HvStatus::INVALID_PARAMETER);
     }
     // Nothing is written before it is known that every component fits.
-    walk(form & !COMPACTED & !LEGACY, &component, |_, _, _| Some(()))?;
+    walk(form, used, &component, |_, _| Some(())).ok_or(HvStatus::INVALID_PARAMETER)?;
     to.fill(0);
     if let (Some(to), Some(from)) = (to.get_mut(..XSTATE_BV), from.get(..XSTATE_BV)) {
         to.copy_from_slice(from);
     }
     put(to, XSTATE_BV, used);
-    walk(form & !COMPACTED & !LEGACY, component, |bit, c, offset| {
-        if used >> bit & 1 != 0 {
-            to.get_mut(c.offset..c.offset + c.size)?
-                .copy_from_slice(from.get(offset..offset + c.size)?);
-        }
+    walk(form, used, component, |c, offset| {
+        to.get_mut(c.offset..c.offset + c.size)?
+            .copy_from_slice(from.get(offset..offset + c.size)?);
         Some(())
     })
+    .ok_or(HvStatus::INVALID_PARAMETER)
 }
 
 /// Puts x87 and SSE into the state after FNINIT and a reset of MXCSR.
@@ -150,14 +152,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// As on processors with AVX, AVX-512 and protection keys.
+    /// As on processors with AVX, MPX, AVX-512, protection keys and AMX.
     fn component(bit: u32) -> Component {
         let (offset, size, aligned) = match bit {
             2 => (576, 256, false),
+            3 => (960, 64, false),
             5 => (1088, 64, false),
             6 => (1152, 512, true),
             7 => (1664, 1024, true),
             9 => (2688, 8, false),
+            18 => (2752, 8192, true),
             _ => (0, 0, false),
         };
         Component {
@@ -213,11 +217,39 @@ mod tests {
     }
 
     #[test]
+    fn room_for_components_that_the_partition_lacks_is_passed_over() {
+        let mut wide = compacted(&filled(), 4 | 8 | 0x20 | 1 << 18);
+        put(&mut wide, XSTATE_BV, 4 | 0x20);
+        // BNDREGS lie between AVX and the opmask registers.
+        wide[576 + 256..576 + 256 + 64].fill(3);
+        wide[576 + 256 + 64..576 + 256 + 128].fill(5);
+        let mut to = [0; BYTES];
+        expand(&wide, &mut to, 0x27, component).unwrap();
+        assert_eq!((to[576], to[1088], to[1151]), (2, 5, 5));
+        assert_eq!(get(&to, XSTATE_BV), 0x24);
+        put(&mut wide, XSTATE_BV, 4 | 8);
+        assert!(expand(&wide, &mut to, 0x27, component).is_err());
+    }
+
+    #[test]
+    fn component_that_does_not_fit_is_refused() {
+        let mut area = [0; BYTES];
+        put(&mut area, XSTATE_BV, 1 << 18);
+        put(&mut area, XCOMP_BV, COMPACTED | 1 << 18);
+        let mut to = [7; BYTES];
+        assert!(expand(&area, &mut to, 7 | 1 << 18, component).is_err());
+        assert_eq!(to, [7; BYTES]);
+        put(&mut area, XSTATE_BV, 0);
+        assert!(expand(&area, &mut to, 7, component).is_ok());
+    }
+
+    #[test]
     fn what_would_fault_when_loaded_is_refused() {
         let good = compacted(&filled(), 7);
         for (offset, value) in [
             (XSTATE_BV, 1 << 17),
-            (XCOMP_BV, COMPACTED | 1 << 40),
+            (XCOMP_BV, COMPACTED | 7 | 1 << 40),
+            (XCOMP_BV, COMPACTED),
             (XCOMP_BV + 8, 1),
             (MXCSR, 1 << 16),
             (XCOMP_BV, 1),
