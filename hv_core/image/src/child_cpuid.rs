@@ -883,8 +883,27 @@ impl Overrides {
         Ok(())
     }
 
-    /// The default of a leaf with the registered result applied.
+    /// The default of a leaf with the registered results applied. Protection keys are state of XSAVE: a VMM that takes that away
+    /// takes them along, also if it says nothing about leaf 7, as QEMU for processor models that have none of its features.
     fn apply(
+        &self,
+        leaf: u32,
+        subleaf: u32,
+        host: &impl Fn(u32, u32) -> Registers,
+        partition: &PartitionState,
+    ) -> Registers {
+        let [a, b, mut c, d] = self.apply_own(leaf, subleaf, host, partition);
+        if (leaf, subleaf) == (7, 0) && c & leaf7::ECX_PKU != 0 {
+            let [_, _, one, _] = self.apply_own(1, 0, host, partition);
+            if one & leaf1::ECX_XSAVE == 0 {
+                c &= !leaf7::ECX_PKU;
+            }
+        }
+        [a, b, c, d]
+    }
+
+    /// The default of a leaf with the result that was registered for it.
+    fn apply_own(
         &self,
         leaf: u32,
         subleaf: u32,
@@ -1848,6 +1867,28 @@ mod tests {
         assert_eq!(b, 0x0300_0800);
         assert_eq!(c, 1 | leaf1::ECX_OSXSAVE | leaf1::ECX_HYPERVISOR);
         assert_eq!(d, 0x21);
+    }
+
+    #[test]
+    fn protection_keys_go_with_xsave() {
+        let partition = partition();
+        let mut overrides = Overrides::new();
+        let keys = |overrides: &Overrides| {
+            let guest = guest(&partition, Some(overrides));
+            let features = Features::of(&all_features, &partition, overrides);
+            (
+                cpuid(7, 0, &all_features, &guest)[ECX] & leaf7::ECX_PKU != 0,
+                features.cr4 & cr4::PKE != 0,
+            )
+        };
+        assert_eq!(keys(&overrides), (true, true));
+        let mut new = result(1, None, [0; 4]);
+        new.result[ECX] = [leaf1::ECX_XSAVE, u32::MAX];
+        overrides.register(&new, &all_features, &partition).unwrap();
+        assert_eq!(keys(&overrides), (true, true));
+        new.result[ECX] = [0, u32::MAX];
+        overrides.register(&new, &all_features, &partition).unwrap();
+        assert_eq!(keys(&overrides), (false, false));
     }
 
     #[test]
