@@ -45,7 +45,8 @@ why_not() {
 	if [ ! -e "$1" ]; then echo "there is no such test"; return; fi
 	if [ "$(id -u)" != 0 ]; then echo "needs root"; return; fi
 	if [ "$(head_says "$1" Ends)" = machine ]; then echo "ends the machine, so only a bed runs it"; return; fi
-	if [ "$(head_says "$1" Child)" = stock ] && [ ! -e /child/vmlinuz ]; then echo "no child's kernel in /child"; return; fi
+	if [ -n "$(head_says "$1" Child)" ] && [ ! -e /child/vmlinuz ]; then echo "no child's kernel in /child"; return; fi
+	if [ -n "$(head_says "$1" Qemu)" ] && ! command -v qemu-system-x86_64 >/dev/null; then echo "QEMU is not installed"; return; fi
 	for arg in $(head_says "$1" Kernel); do
 		grep -qwF -e "$arg" /proc/cmdline || { echo "needs the kernel argument $arg"; return; }
 	done

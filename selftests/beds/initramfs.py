@@ -4,6 +4,7 @@
 import gzip
 import lzma
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -89,6 +90,14 @@ class StockModules:
         data = path.read_bytes()
         return lzma.decompress(data) if path.suffix == ".xz" else data
 
+    def add(self, names, archive, where):
+        """Puts modules of these names, and all that they need, into the folder `where`. Gives their lines of modules.dep."""
+        lines = []
+        for name in self.closure(names):
+            archive.file(f"{where}/{name}.ko", self.read(name))
+            lines.append(f"{name}.ko:" + "".join(f" {n}.ko" for n in self.depends[name]))
+        return lines
+
 
 def stripped(path, scratch):
     """A module without debug information, which would make the guest's memory and boot larger."""
@@ -98,8 +107,11 @@ def stripped(path, scratch):
     return copy.read_bytes()
 
 
-def make_child(out, tree):
-    """Writes the root file system of a child partition to `out`: busybox, checksum and selftests/child-init."""
+def make_child(out, tree, image, modules):
+    """Writes the root file system of a child partition to `out`: busybox, checksum, the first process, and modules of its kernel.
+
+    image: the child's kernel; modules: names.
+    """
     archive = Archive()
     archive.console()
     for name in ("proc", "sys", "dev"):
@@ -107,7 +119,22 @@ def make_child(out, tree):
     archive.file("bin/busybox", Path(shutil.which("busybox")).read_bytes(), executable=True)
     archive.file("bin/checksum", (Path(tree) / "build/selftests/hv_core/checksum").read_bytes(), executable=True)
     archive.file("init", (Path(tree) / "selftests/child-init").read_bytes(), executable=True)
+    archive.file("devices", (Path(tree) / "selftests/child-devices").read_bytes())
+    if modules:
+        release = next((Path(image) / "lib/modules").iterdir()).name
+        where = f"lib/modules/{release}"
+        lines = StockModules(image, release).add(modules, archive, where)
+        archive.file(f"{where}/modules.dep", ("\n".join(lines) + "\n").encode())
     Path(out).write_bytes(gzip.compress(archive.bytes(), 9))
+
+
+def qemu_files():
+    """QEMU and all that it opens, as {path in the guest: path here}."""
+    program = "/usr/bin/qemu-system-x86_64"
+    needs = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
+    firmware = ["seabios/bios-256k.bin", "qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin"]
+    paths = [*re.findall(r"(/\S+) \(", needs), *(f"/usr/share/{name}" for name in firmware)]
+    return {"bin/qemu-system-x86_64": program} | {path.lstrip("/"): path for path in paths}
 
 
 def make(out, tree, image, release, stock, built, extra, scratch, compress):
@@ -132,12 +159,8 @@ def make(out, tree, image, release, stock, built, extra, scratch, compress):
     for inside, path in extra.items():
         archive.file(inside, Path(path).read_bytes(), executable=True)
 
-    modules = StockModules(image, release)
     where = f"lib/modules/{release}"
-    order = []
-    for name in modules.closure(["configfs", *stock]):
-        archive.file(f"{where}/{name}.ko", modules.read(name))
-        order.append(f"{name}.ko:" + "".join(f" {n}.ko" for n in modules.depends[name]))
+    order = StockModules(image, release).add(["configfs", *stock], archive, where)
     for path in built:
         archive.file(f"{where}/{Path(path).name}", stripped(path, scratch))
         order.append(f"{Path(path).name}:")
