@@ -14,7 +14,7 @@ new_disk() {
 # qemu ARGUMENT...: what QEMU and the child say is kept in $log.
 # Without pci=lastbus=0, Linux probes all 256 buses of q35, and each of these accesses ends in QEMU: a third of the boot.
 qemu() {
-	timeout 800 qemu-system-x86_64 -accel mshv -m 256M -nodefaults -no-user-config -display none -serial stdio \
+	timeout 1700 qemu-system-x86_64 -accel mshv -m 256M -nodefaults -no-user-config -display none -serial stdio \
 		-kernel /child/vmlinuz -initrd /child/initrd -append "console=ttyS0 quiet panic=-1 pci=lastbus=0 child_does=devices" \
 		"$@" </dev/null >"$log" 2>&1
 }

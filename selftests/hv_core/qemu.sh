@@ -5,7 +5,7 @@
 # Beds: svm vmx
 # Child: stock virtio_blk virtio_net
 # Qemu: stock
-# Timeout: 240
+# Timeout: 600
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../child.sh"
 . "$(dirname "$0")/../qemu.sh"

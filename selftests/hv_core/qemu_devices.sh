@@ -6,7 +6,7 @@
 # Beds: svm
 # Child: stock virtio_blk virtio_net
 # Qemu: stock
-# Timeout: 900
+# Timeout: 1800
 . "$(dirname "$0")/../ktap.sh"
 . "$(dirname "$0")/../child.sh"
 . "$(dirname "$0")/../qemu.sh"
@@ -24,7 +24,7 @@ within() {
 	done
 }
 says() { grep -q "^child: $1" "$log"; }
-prints() { within 300 says "$1"; }
+prints() { within 600 says "$1"; }
 
 # qmp COMMAND [ARGUMENTS]: does it in QEMU and prints the answer. Events are passed over.
 qmp() {
@@ -42,7 +42,7 @@ ticks() { grep -c '^child: tick' "$log"; }
 ticked() { [ "$(ticks)" -gt $((seen + 2)) ]; }
 goes_on() {
 	seen=$(ticks)
-	within 60 ticked
+	within 300 ticked
 }
 stops_and_continues() {
 	prints tick && qmp stop && qmp query-status | grep '"paused"' || return 1
