@@ -65,9 +65,15 @@ impl Route {
         if self == Self::NONE || (kind <= 1 && self.vector() == 0) {
             return None;
         }
+        // Whoever has an event for a level-triggered interrupt acts on its end.
+        let level = if self.is_level() {
+            1 << 32 | 1 << 34
+        } else {
+            0
+        };
         Some(AssertVirtualInterrupt {
             partition_id: partition,
-            control: kind | u64::from(self.is_level()) << 32 | u64::from(self.is_logical()) << 33,
+            control: kind | level | u64::from(self.is_logical()) << 33,
             dest_addr: self.destination(),
             vector: self.vector(),
             ..Default::default()

@@ -248,7 +248,8 @@ pub struct VpState {
 #[repr(C)]
 pub struct AssertVirtualInterrupt {
     pub partition_id: u64,
-    /// Bits 31:0 type, bit 32 level triggered, bit 33 logical destination.
+    /// Bits 31:0 type, bit 32 level triggered, bit 33 logical destination. Our own bit 34: the VMM acts on the end of a
+    /// level-triggered interrupt.
     pub control: u64,
     /// APIC ID or logical destination.
     pub dest_addr: u64,

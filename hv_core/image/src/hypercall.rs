@@ -463,6 +463,7 @@ impl Call<'_> {
         let kind = input.control as u32;
         let logical = input.control >> 33 & 1 != 0;
         let level = input.control >> 32 & 1 != 0;
+        let end_counts = input.control >> 34 & 1 != 0;
         let vector = u8::try_from(input.vector).map_err(|_| HvStatus::INVALID_PARAMETER)?;
         let mode = DeliveryMode::from_bits(kind).ok_or(HvStatus::INVALID_PARAMETER)?;
         if mode.goes_through_irr() && vector < 16 {
@@ -477,6 +478,9 @@ impl Call<'_> {
             .vps()
             .filter(|vp| vp.posted.matches(destination, false))
         {
+            if level && !end_counts {
+                vp.posted.hide_trigger_modes();
+            }
             child::post(
                 vp,
                 Interrupt {

@@ -34,6 +34,8 @@ pub struct Posted {
     /// Signals in bits 5:0; SIPI vector 15:8; ExtINT vector 23:16; vector for the LINT pins 31:24.
     signals: AtomicU32,
     outstanding: AtomicBool,
+    /// TMR reads as zero.
+    hides_trigger_modes: AtomicBool,
     addressing: AtomicU64,
 }
 
@@ -46,6 +48,7 @@ impl Posted {
             level: [const { AtomicU64::new(0) }; 4],
             signals: AtomicU32::new(0),
             outstanding: AtomicBool::new(false),
+            hides_trigger_modes: AtomicBool::new(false),
             addressing: AtomicU64::new(0),
         }
     }
@@ -84,6 +87,12 @@ impl Posted {
             DeliveryMode::LocalInt1 => self.signal(LINT1, vector, LINT_SHIFT),
         }
         !self.outstanding.swap(true, Ordering::AcqRel)
+    }
+
+    /// TMR reads as zero in the guest from the next drain on, though ends of level-triggered interrupts are still reported. For VMMs
+    /// that do not act on the report, as QEMU: Linux then ends such an interrupt in the I/O APIC, too.
+    pub fn hide_trigger_modes(&self) {
+        self.hides_trigger_modes.store(true, Ordering::Release);
     }
 
     #[inline]
@@ -140,6 +149,7 @@ impl Posted {
         if !self.is_outstanding() || !self.outstanding.swap(false, Ordering::AcqRel) {
             return false;
         }
+        apic.hides_trigger_modes = self.hides_trigger_modes.load(Ordering::Acquire);
         if self.signals.load(Ordering::Acquire) != 0 {
             self.drain_signals(apic);
         }

@@ -1587,3 +1587,25 @@ fn apic_fits_easily_into_a_page() {
     assert!(core::mem::size_of::<LocalApic>() <= 320);
     assert!(core::mem::size_of::<Posted>() <= 128);
 }
+
+#[test]
+fn hidden_trigger_modes_still_report_the_end() {
+    let posted = Posted::new();
+    let mut apic = xapic(0);
+    for (hide, shown) in [(false, 1 << 2), (true, 0)] {
+        if hide {
+            posted.hide_trigger_modes();
+        }
+        posted.post(Interrupt::level(0x42));
+        posted.drain_into(&mut apic);
+        service(&mut apic, 0x42);
+        assert_eq!(get(&mut apic, 0x180 + 0x20), shown, "TMR");
+        assert_eq!(
+            apic.eoi(),
+            WriteEffect::Eoi {
+                vector: 0x42,
+                level: true
+            }
+        );
+    }
+}
