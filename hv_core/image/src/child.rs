@@ -677,6 +677,7 @@ impl<H: ChildHardware> Run<'_, H> {
             tsc_offset: old.tsc_offset,
             tsc_aux: old.tsc_aux,
             tsc_adjust: old.tsc_adjust,
+            tsc_write: old.tsc_write,
             mtrr_def_type: old.mtrr_def_type,
             mtrr_fixed: old.mtrr_fixed,
             mtrr_variable: old.mtrr_variable,

@@ -393,31 +393,30 @@ impl Registers<'_> {
 
     /// Sets the guest's TSC.
     ///
-    /// A VMM that stores what it loaded before means no change, though time went on since. One that sets the
-    /// TSCs of several VPs to about the same time means the same time: they get one offset.
+    /// A VMM that stores what it loaded before means no change, though time went on since. One that sets the TSCs of several VPs to
+    /// the same value, as at a reset, or within a second to one that goes with it, means the same time: they get one offset. How long it
+    /// takes from one VP to the next says nothing, since none of them needs to run.
     fn set_tsc(&mut self, value: u64) -> Effect {
         if self.vp.tsc_read == Some(value) {
             return Effect::None;
         }
         let mut offset = value.wrapping_sub(self.host_tsc);
-        match self.partition.tsc_write {
-            Some(write)
-                if write.vp != self.vp_index
-                    && write
-                        .offset
-                        .wrapping_sub(offset)
-                        .min(offset.wrapping_sub(write.offset))
-                        <= self.partition.tsc_hz =>
-            {
-                offset = write.offset;
-            }
-            _ => {
-                self.partition.tsc_write = Some(TscWrite {
-                    vp: self.vp_index,
-                    offset,
-                });
-            }
+        let last = &mut self.partition.tsc_write;
+        let apart = last
+            .offset
+            .wrapping_sub(offset)
+            .min(offset.wrapping_sub(last.offset));
+        let together = last.value == value || apart <= self.partition.tsc_hz;
+        if self.vp.tsc_write < last.number && together {
+            offset = last.offset;
+        } else {
+            *last = TscWrite {
+                number: last.number.wrapping_add(1),
+                value,
+                offset,
+            };
         }
+        self.vp.tsc_write = last.number;
         self.vp.tsc_read = None;
         let step = offset.wrapping_sub(self.vp.tsc_offset);
         move_tsc(step, self.vp, self.apic, self.host_tsc)
@@ -1112,14 +1111,26 @@ mod tests {
         other.tsc = boot.tsc + HZ / 3;
         other.put(name::TSC, 0);
         assert_eq!(other.vp.tsc_offset, boot.vp.tsc_offset);
-        // A reset much later starts anew, whoever comes first.
+        // A reset much later starts anew, whoever comes first and however long the other takes.
         other.tsc += 100 * HZ;
         other.put(name::TSC, 0);
         assert_eq!(other.get(name::TSC), [0, 0]);
         boot.partition = other.partition;
-        boot.tsc = other.tsc + 77;
+        boot.tsc = other.tsc + 7 * HZ;
         boot.put(name::TSC, 0);
         assert_eq!(boot.vp.tsc_offset, other.vp.tsc_offset);
+        // Other values that go with each other, and one that does not.
+        boot.tsc += HZ;
+        boot.put(name::TSC, 1000 * HZ);
+        other.partition = boot.partition;
+        other.tsc = boot.tsc + HZ / 3;
+        other.put(name::TSC, 1000 * HZ + HZ / 3 + 99);
+        assert_eq!(boot.vp.tsc_offset, other.vp.tsc_offset);
+        other.put(name::TSC, 5000 * HZ);
+        boot.partition = other.partition;
+        boot.tsc = other.tsc;
+        boot.put(name::TSC, 3000 * HZ);
+        assert_eq!(boot.get(name::TSC), [3000 * HZ, 0]);
     }
 
     #[test]

@@ -67,6 +67,8 @@ pub struct VpState {
     /// Added to the host's TSC gives the guest's.
     pub tsc_offset: u64,
     pub tsc_adjust: u64,
+    /// Number of the last [`TscWrite`] that it took part in.
+    pub tsc_write: u64,
     pub spec_ctrl: u64,
     pub misc_enable: u64,
     pub mtrr_def_type: u64,
@@ -146,11 +148,13 @@ pub enum Effect {
     AccessTracking(bool),
 }
 
-/// The VMM's last write of a TSC that was not like the one before.
+/// The VMM's last write of a TSC that did not go with the one before. VPs for which the same is written follow it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TscWrite {
-    /// VP that it was for.
-    pub vp: u32,
+    /// Counts such writes; 0 for none. A VP took part in the one that its `tsc_write` names.
+    pub number: u64,
+    /// What was written.
+    pub value: u64,
     /// TSC offset that came of it.
     pub offset: u64,
 }
@@ -196,7 +200,7 @@ pub struct PartitionState {
     /// Partition property GPA_PAGE_ACCESS_TRACKING.
     pub access_tracking: bool,
     /// See [`TscWrite`].
-    pub tsc_write: Option<TscWrite>,
+    pub tsc_write: TscWrite,
 }
 
 /// Facts of the processor that CPUID does not tell.
@@ -234,7 +238,11 @@ impl PartitionState {
             frozen_at: None,
             tsc_invariant_control: 0,
             access_tracking: false,
-            tsc_write: None,
+            tsc_write: TscWrite {
+                number: 0,
+                value: 0,
+                offset: 0,
+            },
         }
     }
 }
@@ -309,6 +317,7 @@ impl VpState {
             tsc_aux: 0,
             tsc_offset: 0,
             tsc_adjust: 0,
+            tsc_write: 0,
             spec_ctrl: 0,
             misc_enable: 1,
             mtrr_def_type: 0,
