@@ -5,7 +5,7 @@
 
 disk=/tmp/disk
 
-# new_disk KIND: random, but for a first line (selftests/child-devices). The checksum of what the child reads is in $disk_sum.
+# new_disk BOOTS: random, but for a first line (selftests/child-devices). The checksum of what the child reads is in $disk_sum.
 new_disk() {
 	{ echo "$1" && dd if=/dev/urandom bs=1k count=4096; } 2>/dev/null | head -c 4194304 >$disk
 	disk_sum=$(dd if=$disk bs=4k skip=1 count=511 2>/dev/null | md5sum)

@@ -21,10 +21,10 @@ powers_off() {
 ktap_print_header
 ktap_set_plan 7
 ktap_test_result "module_loads" modprobe hv_core
-new_disk 2
+new_disk 3
 ktap_test_result "guest_powers_off" powers_off
 ktap_test_result "guest_sees_hyper_v" grep -q '^child: Hypervisor detected: Microsoft Hyper-V' "$log"
-ktap_test_result "disk_is_read" grep -q "^child: kind 2, disk $disk_sum" "$log"
+ktap_test_result "disk_is_read" grep -q "^child: boot 3, disk $disk_sum" "$log"
 # More than one, so its end reached the I/O APIC.
 ktap_test_result "disk_interrupts_by_a_pin" grep -q '^child: interrupts [1-9][0-9]* .*IO-APIC.*fasteoi.*virtio' "$log"
 ktap_test_result "guest_computes" sums 1

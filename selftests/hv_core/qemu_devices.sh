@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # The unmodified stock QEMU runs the unmodified stock cloud kernel on /dev/mshv: its newer PC machine, 2 VPs with the host's processor model,
-# disk and network with MSI-X, the guest stopped, and looked at.
+# disk and network with MSI-X, the guest restarted by itself and by the user, stopped, and looked at.
 # Not on VT-x, where it would take an hour: qemu.sh boots there.
 # Beds: svm
 # Child: stock virtio_blk virtio_net
@@ -60,12 +60,13 @@ goes_on_while_looked_at() {
 	goes_on
 }
 time_went_forward() { sed -n 's/^child: tick //p' "$log" | sort -c -n; }
+user_restarts() { qmp system_reset && prints 'boot 3,'; }
 disk_has_what_was_written() {
 	dd if=$disk bs=4k skip=512 2>/dev/null | head -c "$(stat -c %s /bin/busybox)" | cmp - /bin/busybox
 }
 
 ktap_print_header
-ktap_set_plan 14
+ktap_set_plan 16
 ktap_test_result "module_loads" modprobe hv_core
 # The guest's network ends in QEMU, which connects to this machine.
 ip link set lo up
@@ -79,16 +80,17 @@ qemu -M q35 -smp 2 -cpu host -qmp pipe:$monitor -drive file=$disk,format=raw,if=
 	-netdev user,id=net -device virtio-net-pci,netdev=net,romfile= &
 pid=$!
 ktap_test_result "monitor_answers" qmp qmp_capabilities
-ktap_test_result "disk_is_read" prints "kind 1, disk $disk_sum"
+ktap_test_result "disk_is_read" prints "boot 1, disk $disk_sum"
 ktap_test_result "network_answers" prints '3 packets transmitted, 3 packets received'
 ktap_test_result "network_transfers" prints "network $(md5sum <$web/file)"
 ktap_test_result "disk_interrupts_by_message" prints 'interrupts .*[1-9].* PCI-MSIX.*-req'
 ktap_test_result "network_interrupts_by_message" prints 'interrupts .*[1-9].* PCI-MSIX.*-input'
+ktap_test_result "guest_restarts" prints 'boot 2,'
 ktap_test_result "disk_has_what_was_written" disk_has_what_was_written
 ktap_test_result "guest_stops_and_continues" stops_and_continues
 ktap_test_result "guest_goes_on_while_looked_at" goes_on_while_looked_at
 ktap_test_result "time_went_forward" time_went_forward
-touch $web/go
+ktap_test_result "user_restarts" user_restarts
 # What hangs says at least how far it came.
 [ "$ktap_fail" = 0 ] || kill $pid
 wait $pid
