@@ -627,6 +627,14 @@ impl<'a> View<'a> {
     pub fn end_group(&mut self, group: &SetGroup) {
         if group.is_reset(&self.core.state) {
             registers::reset(&mut self.core.state, &mut self.core.apic);
+            if self.core.apic.is_bsp() {
+                // Its memory is another guest's now: nothing may be written to where the last one wanted it.
+                self.partition.reset_guest();
+            }
+            self.core.requeue = (0, 0);
+            self.core.offered = None;
+            self.core.iret = None;
+            self.core.steps = false;
             self.core.timers = Timers::RESET;
             child_synic::reset(self.vp);
             self.core.shut_down = false;

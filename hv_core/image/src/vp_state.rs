@@ -217,6 +217,15 @@ pub struct HostFacts {
 }
 
 impl PartitionState {
+    /// What the guest told of itself and set for all VPs, as after a reset.
+    pub fn reset_guest(&mut self) {
+        self.guest_os_id = 0;
+        self.hypercall = 0;
+        self.reference_tsc = 0;
+        self.tsc_invariant_control = 0;
+        self.crash = [0; 6];
+    }
+
     /// A new partition: its reference time starts at `host_tsc`.
     pub const fn new(host: HostFacts, host_tsc: u64) -> Self {
         Self {

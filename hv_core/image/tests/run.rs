@@ -8,7 +8,7 @@ use core::mem::offset_of;
 use common::*;
 use hv_abi::boot::Vendor;
 use hv_abi::hypercall::{code, state_page, DispatchEvent, PortSet, VpRunPage};
-use hv_abi::partition::{message, MapVpStatePage, SignalEventDirect};
+use hv_abi::partition::{message, MapVpStatePage, RegisterAssoc, SignalEventDirect, VpRegisters};
 use hv_abi::status::HvStatus;
 use hv_image::apic::{DeliveryMode, Interrupt};
 use hv_image::arch::object::Ownership;
@@ -18,6 +18,7 @@ use hv_image::child_cpuid::synthetic;
 use hv_image::child_msr::Paging;
 use hv_image::partition::find;
 use hv_image::register_page::Shown;
+use hv_image::registers::name;
 use hv_image::vp::{Vp, VpCore};
 use proptest::prelude::*;
 
@@ -280,6 +281,50 @@ fn out(port: u16) -> ChildExit {
         segment: 0,
         length: 2,
     })
+}
+
+/// What a VMM stores that resets a VP: RIP, CS, CR0, EFER, and IA32_APIC_BASE with the bit of the boot processor.
+fn reset_group() -> [RegisterAssoc; 5] {
+    let code = [0xffff_0000, 0xffff | 0xf000 << 32 | 0x9b << 48];
+    [
+        (name::RIP, [0xfff0, 0]),
+        (name::CS, code),
+        (name::CR0, [0x6000_0010, 0]),
+        (name::EFER, [0, 0]),
+        (name::APIC_BASE, [0xfee0_0900, 0]),
+    ]
+    .map(|(name, value)| RegisterAssoc {
+        name,
+        value,
+        ..Default::default()
+    })
+}
+
+#[test]
+fn nothing_of_a_guest_survives_the_reset_by_its_vmm() {
+    let mut bed = Bed::new();
+    let partition = find(bed.id).expect("it lives");
+    {
+        let state = &mut partition.inner.lock().state;
+        (state.guest_os_id, state.hypercall, state.reference_tsc) = (1, 0x5001, 0x6001);
+    }
+    let core = bed.core();
+    core.requeue = (VALID | 3 << 8 | 14, 0);
+    core.iret = Some(0x1000);
+    core.in_hardware = false;
+    bed.core = None;
+    let head = VpRegisters {
+        partition_id: bed.id,
+        ..Default::default()
+    };
+    let set = bed.root.reps(code::SET_VP_REGISTERS, head, &reset_group());
+    assert_eq!(set, (HvStatus::SUCCESS, 5));
+    bed.core = bed.vp.core.acquire();
+    let entered = bed.run(Fake::new(ChildExit::Nop));
+    assert_eq!((entered.core.requeue, entered.core.iret), ((0, 0), None));
+    let state = partition.inner.lock().state;
+    let seen = (state.guest_os_id, state.hypercall, state.reference_tsc);
+    assert_eq!(seen, (0, 0, 0));
 }
 
 #[test]
