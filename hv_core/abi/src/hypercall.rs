@@ -269,7 +269,7 @@ pub mod fault {
     pub const PANIC: u64 = 2;
     /// A machine check that no hardware reported. It belongs to the root; VT-x only.
     pub const MACHINE_CHECK: u64 = 3;
-    /// CPUID leaf that provokes the fault of its subleaf where the call is allowed, so that a user program can.
+    /// CPUID leaf that provokes the fault of its subleaf where the call is allowed, so that a user program or a child can.
     pub const LEAF: u32 = 0x4000_00ff;
 }
 

@@ -4,6 +4,7 @@
 use core::sync::atomic::Ordering;
 
 use hv_abi::boot::{BootInfo, Vendor};
+use hv_abi::hypercall::fault;
 use hv_abi::mitigation::action;
 use hv_abi::partition::{creation, vp_state, CreatePartition, RegisterInterceptResult};
 use hv_abi::status::HvStatus;
@@ -255,6 +256,9 @@ pub fn cpuid_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
 pub fn cpuid<H: ChildHardware>(run: &mut Run<'_, H>) {
     let gprs = &run.core.state.context.gprs;
     let (leaf, subleaf) = (gprs[gpr::RAX] as u32, gprs[gpr::RCX] as u32);
+    if leaf == fault::LEAF && run.info.allow_fault != 0 {
+        cpu::fault(subleaf.into());
+    }
     run.peek();
     let partition = run.partition();
     let core = &mut *run.core;

@@ -500,7 +500,7 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         requeue: (0, 0),
         window_requested: false,
         vpid: 0,
-        root_msrs: [0; 8],
+        root_msrs: [0; 5],
         overrides: 0,
         quiet: false,
         left_quickly: false,

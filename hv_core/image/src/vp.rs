@@ -63,7 +63,7 @@ pub struct VpCore {
     /// VT-x: tag of its translations, unique on this machine.
     pub vpid: u16,
     /// The root's values of the MSRs that VT-x switches by hand, while the VP runs.
-    pub root_msrs: [u64; 8],
+    pub root_msrs: [u64; 5],
     /// SPA of the results of CPUID that the VMM registered.
     pub overrides: u64,
     /// At the last full entry nothing waited for delivery.

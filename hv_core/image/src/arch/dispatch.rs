@@ -31,10 +31,14 @@ pub trait WorldSwitch {
     fn current(info: &'static BootInfo, core: &VpCore) -> Self::Hardware;
     /// Leaves the structure without entering.
     fn close(area: &mut CpuArea, core: &VpCore);
+    /// Keeps what only this vendor has to bring back for the root.
+    fn keep_root(area: &mut CpuArea, core: &mut VpCore);
     /// Hands the processor to the child.
     fn to_child(area: &mut CpuArea, core: &mut VpCore);
     /// Takes it back for the root.
     fn to_root(area: &mut CpuArea, core: &mut VpCore);
+    /// The root's part of [`Self::to_root`], wherever a fault stopped the switch.
+    fn rescue_root(area: &mut CpuArea, core: &VpCore);
     /// Sets RAX of the root.
     fn set_result(area: &mut CpuArea, rax: u64);
 }
@@ -91,10 +95,11 @@ pub fn dispatch<W: WorldSwitch>(
             drop(run);
             let other = area.last_partition != partition_id;
             area.last_partition = partition_id;
+            W::keep_root(area, &mut core);
             switch::to_child(area, &core, other, W::IN_REGISTERS);
-            W::to_child(area, &mut core);
             area.current = address;
             area.last_child = address;
+            W::to_child(area, &mut core);
             core.keep();
             target.keep();
             Ok(None)
@@ -245,15 +250,25 @@ pub fn entry_failed<W: WorldSwitch>(area: &mut CpuArea) {
     back_to_root::<W>(area, vp, core, HvStatus::INVALID_VP_STATE, 0);
 }
 
-/// The image faulted while a child was current: the root's registers come back, its dispatch fails.
+/// The image faulted: if a child or any of its registers was current, the root's come back.
 pub fn abandon<W: WorldSwitch>(area: &mut CpuArea) {
-    if area.current != &raw const area.root as u64 {
-        let vp = running(area.current);
-        // SAFETY: as in `child_exit`; the code that owned the VP never continues.
-        let mut core = unsafe { vp.core.resume() };
-        switch::to_root(area, &mut core, W::IN_REGISTERS);
-        back_to_root::<W>(area, vp, core, HvStatus::HYPERVISOR_FAULT, 0);
+    let root = &raw const area.root as u64;
+    let child = if area.extended != 0 {
+        area.extended
+    } else {
+        area.current
+    };
+    if child == root {
+        return;
     }
+    let vp = running(child);
+    // SAFETY: as in `child_exit`; the code that owned the VP never continues.
+    let core = unsafe { vp.core.resume() };
+    switch::rescue_root(area, W::IN_REGISTERS);
+    W::rescue_root(area, &core);
+    area.current = root;
+    drop(core);
+    partition::end_use(vp.partition);
 }
 
 /// The context to resume.

@@ -83,6 +83,14 @@ debug_register!(dr2, set_dr2, "dr2");
 debug_register!(dr3, set_dr3, "dr3");
 debug_register!(dr6, set_dr6, "dr6");
 
+#[inline(always)]
+fn set_dr0_to_3([a, b, c, d]: [u64; 4]) {
+    set_dr0(a);
+    set_dr1(b);
+    set_dr2(c);
+    set_dr3(d);
+}
+
 fn cr2() -> u64 {
     let value;
     // SAFETY: reads a register.
@@ -176,12 +184,9 @@ fn fill_return_stack() {
 
 /// Apart, so that they cost nothing where there are none.
 #[inline(never)]
-fn barriers_to_child(root: &mut RootState, core: &VpCore, other: bool) {
-    if does(action::SPEC_CTRL) {
-        root.spec_ctrl = rdmsr(SPEC_CTRL);
-        if core.state.spec_ctrl & !root.spec_ctrl != 0 {
-            write_spec_ctrl(root.spec_ctrl | core.state.spec_ctrl);
-        }
+fn barriers_to_child(root: &RootState, core: &VpCore, other: bool) {
+    if does(action::SPEC_CTRL) && core.state.spec_ctrl & !root.spec_ctrl != 0 {
+        write_spec_ctrl(root.spec_ctrl | core.state.spec_ctrl);
     }
     if other && does(action::IBPB_BETWEEN_CHILDREN) {
         command(PRED_CMD);
@@ -211,29 +216,30 @@ fn barriers_to_root(root: &RootState, core: &VpCore) {
 /// From the root to a child. `other`: the child that this CPU ran last is of another partition. `in_registers`: CR2 and DR6 are
 /// not in the control structures.
 #[inline(always)]
-pub fn to_child(area: &CpuArea, core: &VpCore, other: bool, in_registers: bool) {
+pub fn to_child(area: &mut CpuArea, core: &VpCore, other: bool, in_registers: bool) {
     // SAFETY: the page belongs to this CPU; the image runs on it.
     let root = unsafe { &mut *root_state(area.cpu) };
     root.xcr0 = xgetbv();
     root.tsc_aux = rdmsr(TSC_AUX);
     root.dr = [dr0(), dr1(), dr2(), dr3()];
-    let mask = root.xcr0 & CHILD_XCR0;
-    // SAFETY: both areas are pages of the hypervisor; the child's is always a valid standard image: made by
-    // XSAVE or checked when the VMM set it. XCR0 is the root's, which has all of `mask`.
-    unsafe {
-        xsave(root_xsave(area), mask);
-        xrstor(direct(core.xsave), mask);
-    }
-    set_xcr0(root.xcr0, core.state.xcr0);
-    set_tsc_aux(root.tsc_aux, core.state.tsc_aux);
-    let [a, b, c, d] = core.state.dr;
-    set_dr0(a);
-    set_dr1(b);
-    set_dr2(c);
-    set_dr3(d);
     if in_registers {
         root.dr6 = dr6();
         root.cr2 = cr2();
+    }
+    if does(action::SPEC_CTRL) {
+        root.spec_ctrl = rdmsr(SPEC_CTRL);
+    }
+    let mask = root.xcr0 & CHILD_XCR0;
+    // SAFETY: the area is a page of the hypervisor; XCR0 is the root's, which has all of `mask`.
+    unsafe { xsave(root_xsave(area), mask) };
+    // From here on there is something to bring back.
+    area.extended = &raw const core.state.context as u64;
+    // SAFETY: as above. The child's area is always a valid standard image: made by XSAVE or checked when the VMM set it.
+    unsafe { xrstor(direct(core.xsave), mask) };
+    set_xcr0(root.xcr0, core.state.xcr0);
+    set_tsc_aux(root.tsc_aux, core.state.tsc_aux);
+    set_dr0_to_3(core.state.dr);
+    if in_registers {
         set_dr6(core.state.dr6);
         set_cr2(core.state.cr2);
     }
@@ -244,9 +250,9 @@ pub fn to_child(area: &CpuArea, core: &VpCore, other: bool, in_registers: bool) 
 
 /// From a child to the root.
 #[inline(always)]
-pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
+pub fn to_root(area: &mut CpuArea, core: &mut VpCore, in_registers: bool) {
     // SAFETY: as in `to_child`.
-    let root = unsafe { &mut *root_state(area.cpu) };
+    let root = unsafe { &*root_state(area.cpu) };
     if boot().mitigations != 0 {
         barriers_to_root(root, core);
     }
@@ -265,11 +271,31 @@ pub fn to_root(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
         xsave(direct(core.xsave), mask);
         xrstor(root_xsave(area), mask);
     }
-    let [a, b, c, d] = root.dr;
-    set_dr0(a);
-    set_dr1(b);
-    set_dr2(c);
-    set_dr3(d);
+    set_dr0_to_3(root.dr);
+    area.extended = 0;
+}
+
+/// Brings back what [`to_child`] took of the root, wherever a fault stopped the switch. What the child had is lost.
+pub fn rescue_root(area: &mut CpuArea, in_registers: bool) {
+    if area.extended == 0 {
+        return;
+    }
+    // SAFETY: as in `to_child`, which filled it.
+    let root = unsafe { &*root_state(area.cpu) };
+    if in_registers {
+        set_dr6(root.dr6);
+        set_cr2(root.cr2);
+    }
+    super::cpu::xsetbv(root.xcr0);
+    // SAFETY: RDTSCP exists where the image runs children; the value is the root's.
+    unsafe { wrmsr(TSC_AUX, root.tsc_aux) };
+    if does(action::SPEC_CTRL) {
+        write_spec_ctrl(root.spec_ctrl);
+    }
+    // SAFETY: as in `to_child`, which made the image.
+    unsafe { xrstor(root_xsave(area), root.xcr0 & CHILD_XCR0) };
+    set_dr0_to_3(root.dr);
+    area.extended = 0;
 }
 
 /// Host TSC.

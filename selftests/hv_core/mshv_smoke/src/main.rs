@@ -175,7 +175,8 @@ const CHECKS: &[Check] = &[
 const VICTIM: &str = "victim";
 
 /// What scripts call with more around it: [`killed_owners`], [`starved`], and those that need `/dev/hv_state`.
-const PARTS: [Check; 6] = [
+const PARTS: [Check; 7] = [
+    ("fault_under_a_guest", extended::fault_under_a_guest),
     (VICTIM, victim),
     ("killed_owners", killed_owners),
     ("starved", starved),
@@ -214,6 +215,7 @@ macro_rules! ensure {
 
 mod apic;
 mod exceptions;
+mod extended;
 mod large;
 mod memory;
 mod nmi;

@@ -101,14 +101,23 @@ impl WorldSwitch for Switch {
 
     fn close(_: &mut CpuArea, _: &VpCore) {}
 
-    fn to_child(area: &mut CpuArea, core: &mut VpCore) {
+    fn keep_root(area: &mut CpuArea, _: &mut VpCore) {
         vmsave(area.root.control_spa);
+    }
+
+    fn to_child(_: &mut CpuArea, core: &mut VpCore) {
         vmload(core.control);
     }
 
     fn to_root(area: &mut CpuArea, core: &mut VpCore) {
         vmsave(core.control);
         vmload(area.root.control_spa);
+    }
+
+    fn rescue_root(area: &mut CpuArea, _: &VpCore) {
+        if area.current != &raw const area.root as u64 {
+            vmload(area.root.control_spa);
+        }
     }
 
     fn set_result(area: &mut CpuArea, rax: u64) {

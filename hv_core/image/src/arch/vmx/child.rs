@@ -250,15 +250,20 @@ impl VmxChild {
     }
 }
 
-/// Hands the MSRs to the child and keeps the root's.
-pub fn msrs_to_child(root: &mut [u64; 8], core: &mut VpCore) {
-    for ((number, value), slot) in SWITCHED
+/// Keeps the root's MSRs.
+pub fn keep_msrs(core: &mut VpCore) {
+    core.root_msrs = SWITCHED.map(rdmsr);
+}
+
+/// Hands the MSRs to the child.
+pub fn msrs_to_child(core: &mut VpCore) {
+    let root = core.root_msrs;
+    for ((number, value), root) in SWITCHED
         .into_iter()
         .zip(switched(&mut core.state))
-        .zip(root.iter_mut())
+        .zip(root)
     {
-        *slot = rdmsr(number);
-        if *slot != *value {
+        if root != *value {
             // SAFETY: the VMM's or the guest's value; what would fault (an address that is not canonical, the upper half of
             // SFMASK) was refused when it was set.
             unsafe { wrmsr(number, *value) };
@@ -267,19 +272,28 @@ pub fn msrs_to_child(root: &mut [u64; 8], core: &mut VpCore) {
 }
 
 /// The way back.
-pub fn msrs_to_root(root: &[u64; 8], core: &mut VpCore) {
-    for ((number, value), slot) in SWITCHED
+pub fn msrs_to_root(core: &mut VpCore) {
+    let root = core.root_msrs;
+    for ((number, value), root) in SWITCHED
         .into_iter()
         .zip(switched(&mut core.state))
-        .zip(root.iter())
+        .zip(root)
     {
         *value = rdmsr(number);
-        if *value != *slot {
+        if *value != root {
             // SAFETY: the root's own value.
-            unsafe { wrmsr(number, *slot) };
+            unsafe { wrmsr(number, root) };
         }
     }
     const _: () = assert!(msr::EFER == 0xc000_0080);
+}
+
+/// The way back after a fault.
+pub fn rescue_msrs(core: &VpCore) {
+    for (number, root) in SWITCHED.into_iter().zip(core.root_msrs) {
+        // SAFETY: as above.
+        unsafe { wrmsr(number, root) };
+    }
 }
 
 const SEGMENT_STRIDE: u32 = 2;

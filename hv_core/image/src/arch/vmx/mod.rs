@@ -112,15 +112,21 @@ impl WorldSwitch for Switch {
         }
     }
 
+    fn keep_root(_: &mut CpuArea, core: &mut VpCore) {
+        child::keep_msrs(core);
+    }
+
     fn to_child(_: &mut CpuArea, core: &mut VpCore) {
-        let mut root = core.root_msrs;
-        child::msrs_to_child(&mut root, core);
-        core.root_msrs = root;
+        child::msrs_to_child(core);
     }
 
     fn to_root(area: &mut CpuArea, core: &mut VpCore) {
-        let root = core.root_msrs;
-        child::msrs_to_root(&root, core);
+        child::msrs_to_root(core);
+        Self::close(area, core);
+    }
+
+    fn rescue_root(area: &mut CpuArea, core: &VpCore) {
+        child::rescue_msrs(core);
         Self::close(area, core);
     }
 
@@ -187,6 +193,8 @@ extern "C" fn vmx_entry_failed(area: &mut CpuArea) -> Resume {
 
 /// Makes the root current after a fault of the image while a child was.
 pub fn abandon_child(area: &mut CpuArea) {
+    // That of a child which was about to run, maybe.
+    child::load_vmcs(area.root.control_spa);
     dispatch::abandon::<Switch>(area);
 }
 
