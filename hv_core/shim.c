@@ -29,6 +29,7 @@
 #include <linux/workqueue.h>
 #include <asm/apic.h>
 #include <asm/cpufeature.h>
+#include <asm/fpu/api.h>
 #include <asm/io.h>
 #include <asm/mce.h>
 #include <asm/msr.h>
@@ -104,6 +105,22 @@ u32 hv_sys_mitigations(void)
 	       boot_cpu_has_bug(X86_BUG_L1TF) << 7 |
 	       boot_cpu_has(X86_FEATURE_FLUSH_L1D) << 8 |
 	       cpu_mitigations_off() << 9;
+}
+
+/*
+ * Takes the FPU away from the current task and all code of this CPU. Its registers are in memory afterwards, and nobody uses
+ * those of the CPU. Interrupts are off until the end.
+ */
+void hv_sys_fpu_begin(void);
+void hv_sys_fpu_begin(void)
+{
+	kernel_fpu_begin_mask(0);
+}
+
+void hv_sys_fpu_end(void);
+void hv_sys_fpu_end(void)
+{
+	kernel_fpu_end();
 }
 
 u32 hv_sys_physical_bits(void);

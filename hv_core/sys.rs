@@ -2,6 +2,7 @@
 //! The kernel as seen through `shim.c`, `launch/enter.S` and the embedded image, with safe faces.
 
 use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use kernel::prelude::*;
@@ -68,6 +69,8 @@ mod ffi {
         pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
         pub(super) fn hv_sys_large_code_pages_are_unsafe() -> bool;
         pub(super) fn hv_sys_machine_check();
+        pub(super) fn hv_sys_fpu_begin();
+        pub(super) fn hv_sys_fpu_end();
         pub(super) fn hv_sys_must_reschedule() -> bool;
         pub(super) fn hv_sys_guest_mode_work() -> c_int;
         pub(super) fn hv_sys_guest_mode_end();
@@ -318,6 +321,26 @@ impl Drop for IrqsOff {
     fn drop(&mut self) {
         // SAFETY: the flags come from `new`.
         unsafe { ffi::hv_sys_irq_restore(self.0) };
+    }
+}
+
+/// The FPU is nobody's on this CPU while this value lives: the registers of the current task are in memory, and no code uses those
+/// of the CPU.
+pub(crate) struct FpuOff<'a>(PhantomData<&'a IrqsOff>);
+
+impl<'a> FpuOff<'a> {
+    /// Takes the FPU away.
+    pub(crate) fn new(_: &'a IrqsOff) -> Self {
+        // SAFETY: a task that works for user space, with interrupts off, so on this CPU until the drop.
+        unsafe { ffi::hv_sys_fpu_begin() };
+        Self(PhantomData)
+    }
+}
+
+impl Drop for FpuOff<'_> {
+    fn drop(&mut self) {
+        // SAFETY: begun by `new`; interrupts are still off.
+        unsafe { ffi::hv_sys_fpu_end() };
     }
 }
 

@@ -21,12 +21,14 @@ use kernel::sync::Mutex;
 use super::call::{bytes, bytes_mut, errno, variable_control};
 use super::memory::Fault;
 use super::partition::Partition;
-use crate::abi::hypercall::{code, private, state_page, DispatchEvent, PortWrite, VpRunPage};
+use crate::abi::hypercall::{
+    code, private, state_page, DispatchEvent, PortWrite, VpRunPage, MAY_PAUSE,
+};
 use crate::abi::partition::{
     access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
 };
 use crate::abi::partition::{property, VpRegisters};
-use crate::sys::{self, Alarm, IrqsOff, Pages};
+use crate::sys::{self, Alarm, FpuOff, IrqsOff, Pages};
 
 /// Nanoseconds after which a run goes back to user space.
 const RUN_BOUND: u64 = 50_000_000;
@@ -300,19 +302,29 @@ impl Vp {
             fence(Ordering::SeqCst);
             self.kicked.store(false, Ordering::SeqCst);
             self.set_alarm(cpu, bound, armed);
-            // A doorbell is rung without enabling interrupts: one that came ends the next run at once.
+            // A doorbell is rung without enabling interrupts: one that came ends the next run at once. From the second on, the VP
+            // is only paused: it keeps the registers of the FPU, which Linux puts into memory once. Breakpoints of the kernel
+            // are looked at by the image. What else stays the VP's, only user space needs.
             let mut answer = partition.fast(code::DISPATCH_VP, at(step));
+            let mut fpu = None;
             while let Some(write) = PortWrite::from_value(answer.value) {
-                if !partition.ring_port_doorbell(write) {
-                    break;
+                let rung = partition.ring_port_doorbell(write);
+                if rung && !sys::must_reschedule() {
+                    fpu.get_or_insert_with(|| FpuOff::new(&irqs));
+                    answer = partition.fast(private::RESUME_VP, at(write.length) | MAY_PAUSE);
+                    continue;
                 }
-                if sys::must_reschedule() {
+                if fpu.is_some() {
+                    // Nothing but doorbells is rung during a pause.
+                    self.detach_here(partition);
+                }
+                if rung {
                     left = write.length;
                     answer.value = DispatchEvent::Interrupt as u64;
-                    break;
                 }
-                answer = partition.fast(code::DISPATCH_VP, at(write.length));
+                break;
             }
+            drop(fpu);
             self.running_cpu.store(NOWHERE, Ordering::SeqCst);
             if answer.value == DispatchEvent::MachineCheck as u64 {
                 sys::machine_check(&irqs);

@@ -261,7 +261,8 @@ pub struct CpuArea {
     pub last_child: u64,
     /// Its partition.
     pub last_partition: u64,
-    /// Address of the VP whose extended state and debug registers are in the processor; 0 while those of the root are.
+    /// Address of the VP whose extended state and debug registers are in the processor; 0 while those of the root are. If the
+    /// root runs meanwhile, the VP is paused.
     pub extended: u64,
     /// What leaving restores.
     pub leave: LeaveFrame,

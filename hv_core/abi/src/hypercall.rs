@@ -105,7 +105,7 @@ pub mod state_page {
 
 /// Why [`code::DISPATCH_VP`] came back, in RDX. The call takes the partition in RDX (the fast form, to spare the image the
 /// input page) and in R8 the VP in bits 31:0; bits 39:32 are the length of the instruction that the last message was
-/// about, if the root has completed it: the VP goes on behind it. 0 if not; bits 55:40 are a [`PortSet`].
+/// about, if the root has completed it: the VP goes on behind it. 0 if not; bits 55:40 are a [`PortSet`]; bit 56 is [`MAY_PAUSE`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum DispatchEvent {
@@ -219,6 +219,11 @@ impl PortSet {
     }
 }
 
+/// In R8 of [`code::DISPATCH_VP`]: after [`DispatchEvent::PortWrite`] the VP may be *paused*. Its extended state, DR0 to DR3,
+/// TSC_AUX and (VT-x) the MSRs of system calls are still in the processor then, and nobody else can have the VP. Until
+/// [`private::RESUME_VP`] or any other hypercall the root must not use them: it keeps interrupts and its own use of the FPU off.
+pub const MAY_PAUSE: u64 = 1 << 56;
+
 /// A page per VP that the root gives with [`code::MAP_VP_STATE_PAGE`] and only its kernel sees.
 #[repr(C, align(4096))]
 pub struct VpRunPage {
@@ -257,6 +262,9 @@ pub mod private {
     /// [`DispatchEvent::PortWrite`](super::DispatchEvent). Fast. The image does not do it at each message, because the root
     /// finishes many of them itself.
     pub const SHOW_REGISTERS: u16 = 0xf005;
+    /// As [`DISPATCH_VP`](super::code::DISPATCH_VP), for the VP that the last one on this CPU may have paused, whose write the root
+    /// has completed: quicker if it still is. Fast.
+    pub const RESUME_VP: u16 = 0xf006;
 }
 
 /// What [`private::FAULT`] provokes.

@@ -61,16 +61,6 @@ pub struct Run<'a, H: ChildHardware> {
     pub deliverable: Sources,
 }
 
-/// What became of an exit without a full entry.
-pub enum Quick {
-    /// Not that simple.
-    No,
-    /// The VP goes on.
-    Done,
-    /// An access to a port.
-    Port,
-}
-
 /// What to do after an exit.
 pub enum Next {
     /// Enter the VP again.
@@ -149,31 +139,28 @@ impl<H: ChildHardware> Run<'_, H> {
     /// Whether nothing came since the last full entry that another one would have to deliver. Whatever comes from outside ends
     /// the run by an interrupt of the machine; the VP's timer, too: the root was told when it expires.
     #[inline(always)]
-    fn is_quiet(&self) -> bool {
+    pub fn is_quiet(&self) -> bool {
         self.core.quiet
             && !self.vp.posted.is_outstanding()
             && self.core.seen_generation == self.partition().generation.load(Ordering::Acquire)
     }
 
-    /// Finishes an exit if it is a simple one and the VP can go on as it was: without interrupts, timers and changes to its
-    /// registers.
+    /// Whether the VP can go on after this exit as it was: without interrupts, timers and changes to its registers.
     #[inline(always)]
-    pub fn finish_quickly(&mut self) -> Quick {
-        if !self.is_quiet() || !self.hardware.is_undisturbed(self.core) {
-            return Quick::No;
-        }
-        let done = match self.hardware.quick_exit() {
-            Some(QuickExit::Cpuid) => emulate::cpuid_quickly(self),
-            Some(QuickExit::Hypercall) => child_hypercall::hypercall_quickly(self),
-            Some(QuickExit::MsrRead) => emulate::read_msr_quickly(self),
-            None if self.hardware.is_port() => return Quick::Port,
-            None => false,
-        };
-        if done {
-            Quick::Done
-        } else {
-            Quick::No
-        }
+    pub fn is_simple(&self) -> bool {
+        self.is_quiet() && self.hardware.is_undisturbed(self.core)
+    }
+
+    /// Finishes an exit if it is a simple one.
+    #[inline(always)]
+    pub fn finish_quickly(&mut self) -> bool {
+        self.is_simple()
+            && match self.hardware.quick_exit() {
+                Some(QuickExit::Cpuid) => emulate::cpuid_quickly(self),
+                Some(QuickExit::Hypercall) => child_hypercall::hypercall_quickly(self),
+                Some(QuickExit::MsrRead) => emulate::read_msr_quickly(self),
+                None => false,
+            }
     }
 
     /// Leaves with an access to a port under the same conditions, if it is no string.
@@ -182,6 +169,31 @@ impl<H: ChildHardware> Run<'_, H> {
         let access = self.hardware.quick_port()?;
         self.core.left_quickly = true;
         Some(self.leave_port(access))
+    }
+
+    /// What RDX says to the root if the VP pauses: its exit is a write to a port that the root completes at once, under the same
+    /// conditions. What came from outside meanwhile is looked at when it goes on.
+    #[inline(always)]
+    pub fn pause_quickly(&mut self) -> Option<u64> {
+        if !self.core.quiet || !self.hardware.is_undisturbed(self.core) {
+            return None;
+        }
+        let write = self.hardware.quick_write(self.core)?;
+        self.core.pauses.has(write.port).then(|| write.to_value())
+    }
+
+    /// It does not go on: from here on it is as if it had left with its write.
+    pub fn end_pause(&mut self) {
+        self.core.left_quickly = true;
+        self.core.port = PortWrite::from_value(self.core.paused_with).map(|write| IoAccess {
+            port: write.port,
+            size: write.size,
+            is_in: false,
+            string: false,
+            rep: false,
+            segment: 0,
+            length: write.length,
+        });
     }
 
     /// Goes on if nothing has happened to the VP since it left, but that the root completed its write to a port or the VMM

@@ -504,6 +504,8 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         overrides: 0,
         quiet: false,
         left_quickly: false,
+        pauses: PortSet::default(),
+        paused_with: 0,
         ports: PortSet::default(),
         offered: None,
         iret: None,

@@ -83,6 +83,11 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
             p.skip();
             return dispatch(p);
         }
+        // It is no longer paused.
+        private::RESUME_VP if control.is_fast() => {
+            p.skip();
+            return dispatch(p);
+        }
         private::FAULT if on.allow_fault => {
             // Before the skip: the fault gives the CPU back where the instruction is undefined, as after any fault.
             let how = p.context().gprs[gpr::RDX];

@@ -72,6 +72,10 @@ pub struct VpCore {
     pub left_quickly: bool,
     /// The ports whose writes the root wants to hear of first.
     pub ports: PortSet,
+    /// Those of them whose writes pause the VP.
+    pub pauses: PortSet,
+    /// What RDX said when it paused.
+    pub paused_with: u64,
     /// The access to a port with which it went to the root, until there is a message about it or it is dispatched again.
     pub port: Option<IoAccess>,
     /// A line about the VP was logged: each VP gets one, so that no guest and no VMM floods the root's log.

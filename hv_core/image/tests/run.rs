@@ -7,13 +7,13 @@ use core::mem::offset_of;
 
 use common::*;
 use hv_abi::boot::Vendor;
-use hv_abi::hypercall::{code, state_page, DispatchEvent, PortSet, VpRunPage};
+use hv_abi::hypercall::{code, state_page, DispatchEvent, PortSet, PortWrite, VpRunPage};
 use hv_abi::partition::{message, MapVpStatePage, RegisterAssoc, SignalEventDirect, VpRegisters};
 use hv_abi::status::HvStatus;
 use hv_image::apic::{DeliveryMode, Interrupt};
 use hv_image::arch::object::Ownership;
 use hv_image::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
-use hv_image::child::{post, show, Next, Quick, Run};
+use hv_image::child::{post, show, Next, Run};
 use hv_image::child_cpuid::synthetic;
 use hv_image::child_msr::Paging;
 use hv_image::partition::find;
@@ -87,6 +87,15 @@ impl ChildHardware for Fake {
             ChildExit::Io(access) if !access.string => Some(access),
             _ => None,
         }
+    }
+    fn quick_write(&mut self, core: &VpCore) -> Option<PortWrite> {
+        let access = self.quick_port()?;
+        (!access.is_in && !access.rep).then(|| PortWrite {
+            port: access.port,
+            size: access.size,
+            length: access.length,
+            value: self.eax(core),
+        })
     }
     fn load(&mut self, core: &VpCore) {
         self.rip = core.state.rip;
@@ -497,7 +506,7 @@ fn quiet_vp_goes_on_without_a_whole_entry() {
     let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
     let mut run = bed.run(fake);
     run.hardware.exit = out(0x80);
-    assert!(matches!(run.finish_quickly(), Quick::Port));
+    assert!(run.is_simple());
     assert_eq!(run.leave_quickly(), Some(DispatchEvent::PortWrite));
     assert!(run.resume_quickly(2));
     // Behind both instructions.
@@ -508,7 +517,45 @@ fn quiet_vp_goes_on_without_a_whole_entry() {
     bed.post(DeliveryMode::Fixed, 0x31);
     let mut run = bed.run(Fake::new(out(0x80)));
     assert!(!run.resume_quickly(2));
-    assert!(matches!(run.finish_quickly(), Quick::No));
+    assert!(!run.is_simple());
+}
+
+#[test]
+fn vp_pauses_with_a_write_that_the_root_completes_and_nothing_else() {
+    let mut bed = Bed::new();
+    let set = PortSet::default().with(0x80);
+    bed.core().ports = set;
+    let (_, fake) = bed.exit(Fake::new(ChildExit::Nop));
+    let mut run = bed.run(fake);
+    run.hardware.exit = out(0x80);
+    assert_eq!(run.pause_quickly(), None, "the root did not offer it");
+    run.core.pauses = set;
+    let value = run.pause_quickly().expect("pauses");
+    let write = PortWrite::from_value(value).expect("a write");
+    assert_eq!((write.port, write.size, write.length), (0x80, 1, 2));
+    run.hardware.exit = out(0x81);
+    assert_eq!(run.pause_quickly(), None, "another port");
+    run.hardware.exit = out(0x80);
+    run.hardware.cut = VALID;
+    assert_eq!(run.pause_quickly(), None, "an event is due");
+    run.hardware.cut = 0;
+    run.core.quiet = false;
+    assert_eq!(
+        run.pause_quickly(),
+        None,
+        "an event may have been delivered"
+    );
+    // The end of a pause: as if it had left with the write.
+    run.core.quiet = true;
+    run.core.paused_with = value;
+    run.end_pause();
+    assert_eq!(ChildExit::Io(run.core.port.expect("a port")), out(0x80));
+    assert!(run.resume_quickly(2));
+    // What came from outside is seen only when it goes on.
+    bed.post(DeliveryMode::Fixed, 0x31);
+    let mut run = bed.run(Fake::new(out(0x80)));
+    assert_eq!(run.pause_quickly(), Some(value));
+    assert!(!run.is_quiet());
 }
 
 #[test]

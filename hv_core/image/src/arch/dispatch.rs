@@ -2,12 +2,12 @@
 //! The switch between the root and a child, the same on both vendors but for the control structure.
 
 use hv_abi::boot::{BootInfo, CpuArea, VpContext};
-use hv_abi::hypercall::{result, DispatchEvent, PortSet};
+use hv_abi::hypercall::{result, DispatchEvent, PortSet, MAY_PAUSE};
 use hv_abi::status::HvStatus;
 
 use super::object::{running, Ownership};
 use super::{gpr, switch, ChildHardware};
-use crate::child::{Next, Quick, Run};
+use crate::child::{Next, Run};
 use crate::header::boot;
 use crate::partition;
 use crate::register_page::Shown;
@@ -37,6 +37,14 @@ pub trait WorldSwitch {
     fn to_child(area: &mut CpuArea, core: &mut VpCore);
     /// Takes it back for the root.
     fn to_root(area: &mut CpuArea, core: &mut VpCore);
+    /// As [`Self::to_root`], but without what may wait until [`Self::end_pause`].
+    fn pause(area: &mut CpuArea, core: &mut VpCore);
+    /// The way back.
+    fn resume(area: &mut CpuArea, core: &mut VpCore);
+    /// What [`Self::pause`] left.
+    fn end_pause(area: &mut CpuArea, core: &mut VpCore);
+    /// Whether the root has a breakpoint armed (DR7); its control structure is current.
+    fn root_has_breakpoints(area: &CpuArea) -> bool;
     /// The root's part of [`Self::to_root`], wherever a fault stopped the switch.
     fn rescue_root(area: &mut CpuArea, core: &VpCore);
     /// Sets RAX of the root.
@@ -58,11 +66,18 @@ pub fn dispatch<W: WorldSwitch>(
         return Err(HvStatus::INVALID_PARTITION_STATE);
     }
     let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
+    // Armed breakpoints of the root must not see DR0 to DR3 of a child.
+    let may_pause = second & MAY_PAUSE != 0 && !W::root_has_breakpoints(area);
     let hardware = W::open(area, info, &mut core, slat);
     core.state.explicit_suspend = false;
     core.state.intercept_suspend = false;
     core.state.tsc_read = None;
     core.ports = PortSet::from_value(second);
+    core.pauses = if may_pause {
+        core.ports
+    } else {
+        PortSet::default()
+    };
     core.port = None;
     let address = &raw const core.state.context as u64;
     let first = area.last_child != address;
@@ -160,20 +175,82 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
     let mut core = unsafe { vp.core.resume() };
     core.exits = core.exits.wrapping_add(1);
-    let quick = exited::<W>(area, vp, &mut core).finish_quickly();
+    if exited::<W>(area, vp, &mut core).hardware.is_port() {
+        core.keep();
+        return port_exit::<W>(area);
+    }
+    let done = exited::<W>(area, vp, &mut core).finish_quickly();
     core.keep();
-    match quick {
-        Quick::Done => context(area),
-        Quick::Port => port_exit::<W>(area),
-        Quick::No => full_exit::<W>(area),
+    if done {
+        context(area)
+    } else {
+        full_exit::<W>(area)
     }
 }
 
+/// An exit for an access to a port.
 #[inline(never)]
 fn port_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: as in `child_exit`.
     let mut core = unsafe { vp.core.resume() };
+    let paused = exited::<W>(area, vp, &mut core).pause_quickly();
+    if let Some(value) = paused {
+        core.paused_with = value;
+        switch::pause(area, &mut core, W::IN_REGISTERS);
+        W::pause(area, &mut core);
+        core.keep();
+        to_root_context::<W>(area, HvStatus::SUCCESS, value);
+        return context(area);
+    }
+    core.keep();
+    port_leave::<W>(area)
+}
+
+/// An exit of the root while it has a VP paused, by which it resumes it if `step` is not `None`: behind an instruction of that
+/// length. True if the VP runs next; otherwise it is no longer paused.
+#[inline(always)]
+pub fn exit_in_pause<W: WorldSwitch>(area: &mut CpuArea, step: Option<u8>) -> bool {
+    let vp = running(area.extended);
+    // SAFETY: `port_exit` kept the ownership when it paused the VP on this CPU.
+    let mut core = unsafe { vp.core.resume() };
+    if let Some(step) = step {
+        if exited::<W>(area, vp, &mut core).is_quiet() {
+            W::resume(area, &mut core);
+            let mut hardware = exited::<W>(area, vp, &mut core).hardware;
+            hardware.skip_quick(step.into());
+            switch::resume(area, &core, W::IN_REGISTERS);
+            area.current = area.extended;
+            core.keep();
+            return true;
+        }
+    }
+    core.keep();
+    end_pause::<W>(area);
+    false
+}
+
+#[inline(never)]
+fn end_pause<W: WorldSwitch>(area: &mut CpuArea) {
+    let vp = running(area.extended);
+    // SAFETY: as in `exit_in_pause`.
+    let mut core = unsafe { vp.core.resume() };
+    exited::<W>(area, vp, &mut core).end_pause();
+    W::end_pause(area, &mut core);
+    switch::end_pause(area, &mut core);
+    drop(core);
+    partition::end_use(vp.partition);
+}
+
+#[inline(never)]
+fn port_leave<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let mut core = unsafe { vp.core.resume() };
+    if !exited::<W>(area, vp, &mut core).is_simple() {
+        core.keep();
+        return full_exit::<W>(area);
+    }
     let mut run = exited::<W>(area, vp, &mut core);
     let Some(event) = run.leave_quickly() else {
         drop(run);
@@ -236,6 +313,12 @@ fn back_to_root<W: WorldSwitch>(
     W::to_root(area, &mut core);
     drop(core);
     partition::end_use(vp.partition);
+    to_root_context::<W>(area, status, value);
+}
+
+/// The root runs next, with these in RAX and RDX.
+#[inline(always)]
+fn to_root_context<W: WorldSwitch>(area: &mut CpuArea, status: HvStatus, value: u64) {
     area.current = &raw const area.root as u64;
     W::set_result(area, result(status, 0));
     area.root.gprs[gpr::RDX] = value;

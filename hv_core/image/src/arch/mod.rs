@@ -6,7 +6,7 @@
 //! give it a processor of their own.
 
 use hv_abi::boot::VpContext;
-use hv_abi::hypercall::{Control, DispatchEvent};
+use hv_abi::hypercall::{Control, DispatchEvent, PortWrite};
 use hv_abi::stats::ExitKind;
 use hv_abi::status::HvStatus;
 
@@ -296,6 +296,8 @@ pub trait ChildHardware {
     fn is_port(&self) -> bool;
     /// As [`Self::quick_exit`], for IN and OUT.
     fn quick_port(&mut self) -> Option<IoAccess>;
+    /// The same for an OUT without a REP prefix only.
+    fn quick_write(&mut self, core: &VpCore) -> Option<PortWrite>;
     /// Registers into the structure.
     fn load(&mut self, core: &VpCore);
     /// General registers, RIP and RFLAGS into the structure, where all others are up to date.

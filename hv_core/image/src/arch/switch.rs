@@ -135,7 +135,11 @@ fn set_tsc_aux(from: u64, to: u64) {
     }
 }
 
-/// Whether the world switch does this.
+/// What takes more than a few instructions on the way to a child, and to the root.
+const TO_CHILD: u32 = action::SPEC_CTRL | action::CLEAR_BUFFERS | action::FLUSH_L1D;
+const TO_ROOT: u32 = action::SPEC_CTRL | action::WRITE_SPEC_CTRL | action::IBPB_TO_ROOT;
+
+/// Whether the world switch does any of this.
 fn does(what: u32) -> bool {
     boot().mitigations & what != 0
 }
@@ -166,6 +170,7 @@ fn clear_buffers() {
 }
 
 /// Fills the return stack with addresses of traps: none of the child's is left for the root's returns.
+#[inline(always)]
 fn fill_return_stack() {
     // SAFETY: each call pushes an address, which ADD takes from the stack again; nothing executes the traps. The image has no
     // red zone and no shadow stack.
@@ -208,9 +213,6 @@ fn barriers_to_root(root: &RootState, core: &VpCore) {
     if does(action::IBPB_TO_ROOT) {
         command(PRED_CMD);
     }
-    if does(action::FILL_RETURN_STACK) {
-        fill_return_stack();
-    }
 }
 
 /// From the root to a child. `other`: the child that this CPU ran last is of another partition. `in_registers`: CR2 and DR6 are
@@ -248,21 +250,51 @@ pub fn to_child(area: &mut CpuArea, core: &VpCore, other: bool, in_registers: bo
     }
 }
 
-/// From a child to the root.
+/// From a paused child's root back to the child: what [`pause`] did, undone.
 #[inline(always)]
-pub fn to_root(area: &mut CpuArea, core: &mut VpCore, in_registers: bool) {
+pub fn resume(area: &CpuArea, core: &VpCore, in_registers: bool) {
+    // SAFETY: as in `to_child`.
+    let root = unsafe { &mut *root_state(area.cpu) };
+    if in_registers {
+        root.dr6 = dr6();
+        root.cr2 = cr2();
+        set_dr6(core.state.dr6);
+        set_cr2(core.state.cr2);
+    }
+    if does(TO_CHILD) {
+        if does(action::SPEC_CTRL) {
+            root.spec_ctrl = rdmsr(SPEC_CTRL);
+        }
+        barriers_to_child(root, core, false);
+    }
+}
+
+/// From a child to the root's kernel, which is about to complete a write to a port and nothing else: the extended state, DR0 to
+/// DR3 and TSC_AUX stay the child's. The root has no breakpoint armed.
+#[inline(always)]
+pub fn pause(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
     // SAFETY: as in `to_child`.
     let root = unsafe { &*root_state(area.cpu) };
-    if boot().mitigations != 0 {
+    if does(TO_ROOT) {
         barriers_to_root(root, core);
     }
-    core.state.dr = [dr0(), dr1(), dr2(), dr3()];
+    if does(action::FILL_RETURN_STACK) {
+        fill_return_stack();
+    }
     if in_registers {
         core.state.dr6 = dr6();
         core.state.cr2 = cr2();
         set_dr6(root.dr6);
         set_cr2(root.cr2);
     }
+}
+
+/// The rest of the way to the root after [`pause`].
+#[inline(always)]
+pub fn end_pause(area: &mut CpuArea, core: &mut VpCore) {
+    // SAFETY: as in `to_child`.
+    let root = unsafe { &*root_state(area.cpu) };
+    core.state.dr = [dr0(), dr1(), dr2(), dr3()];
     set_xcr0(core.state.xcr0, root.xcr0);
     set_tsc_aux(core.state.tsc_aux, root.tsc_aux);
     let mask = root.xcr0 & CHILD_XCR0;
@@ -273,6 +305,13 @@ pub fn to_root(area: &mut CpuArea, core: &mut VpCore, in_registers: bool) {
     }
     set_dr0_to_3(root.dr);
     area.extended = 0;
+}
+
+/// From a child to the root.
+#[inline(always)]
+pub fn to_root(area: &mut CpuArea, core: &mut VpCore, in_registers: bool) {
+    pause(area, core, in_registers);
+    end_pause(area, core);
 }
 
 /// Brings back what [`to_child`] took of the root, wherever a fault stopped the switch. What the child had is lost.

@@ -85,6 +85,22 @@ const CHECKS: &[Check] = &[
         ports::port_doorbell_is_heard_at_once,
     ),
     (
+        "registers_survive_doorbells",
+        extended::registers_survive_doorbells,
+    ),
+    (
+        "breakpoint_survives_doorbells",
+        extended::breakpoint_survives_doorbells,
+    ),
+    (
+        "doorbell_interrupts_its_own_vp",
+        extended::doorbell_interrupts_its_own_vp,
+    ),
+    (
+        "registers_are_right_after_a_pause",
+        extended::registers_are_right_after_a_pause,
+    ),
+    (
         "register_page_is_right_at_a_port",
         ports::register_page_is_right_at_a_port,
     ),

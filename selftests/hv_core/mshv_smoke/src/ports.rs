@@ -87,7 +87,8 @@ fn registers(machine: &Machine) -> Result<Page> {
     Ok(words)
 }
 
-fn ensure_same(machine: &Machine) -> Outcome {
+/// The register page says what the registers are.
+pub fn ensure_same(machine: &Machine) -> Outcome {
     let shown = page(machine)?;
     let true_ones = registers(machine)?;
     let wrong = (0..shown.len()).find(|word| shown[*word] != true_ones[*word]);

@@ -2,6 +2,7 @@
 //! A child's VMCB: set-up, registers in and out, exits and event injection (APM 15.5-15.21).
 
 use hv_abi::boot::BootInfo;
+use hv_abi::hypercall::PortWrite;
 use hv_x86::regs::{efer, rflags};
 use hv_x86::state::{Segment, UNUSABLE};
 use hv_x86::vmcb::{exit, intercept, Vmcb, VmcbSegment};
@@ -166,6 +167,23 @@ impl ChildHardware for SvmChild<'_> {
         }
         v.tlb_control = 0;
         Some(io_access(v))
+    }
+
+    #[inline(always)]
+    fn quick_write(&mut self, _: &VpCore) -> Option<PortWrite> {
+        let v = &mut *self.vmcb;
+        // IN, string or REP.
+        if v.exit_info_1 & 13 != 0 {
+            return None;
+        }
+        v.tlb_control = 0;
+        let access = io_access(v);
+        Some(PortWrite {
+            port: access.port,
+            size: access.size,
+            length: access.length,
+            value: v.rax as u32,
+        })
     }
 
     fn load_general(&mut self, core: &VpCore) {

@@ -4,7 +4,7 @@
 use core::arch::{asm, global_asm};
 
 use hv_abi::boot::{BootInfo, CpuArea, TableRegister, VpContext};
-use hv_abi::hypercall::{Control, DispatchEvent};
+use hv_abi::hypercall::{private, Control, DispatchEvent};
 use hv_abi::layout::{selector, DIRECT_BASE};
 use hv_abi::status::HvStatus;
 use hv_x86::regs::{cr0, efer, msr, rflags};
@@ -24,6 +24,9 @@ const INJECT_UD: u64 = 1 << 31 | 3 << 8 | 6;
 const INJECT_GP: u64 = 1 << 31 | 3 << 8 | 1 << 11 | 13;
 /// EFER bits that a root may set: everything defined up to AutoIBRS (APM 3.1.7) but SVME.
 const EFER_WRITABLE: u64 = 0x36_fd01 & !efer::SVME;
+/// Control word of the call that resumes a paused VP, and the length of its instruction.
+const RESUME: u64 = Control::simple(private::RESUME_VP, true).0;
+const VMMCALL_LENGTH: u64 = 3;
 /// TLB control: flush all of this CPU (APM 15.16.1).
 const FLUSH_ALL: u32 = 1;
 
@@ -114,6 +117,23 @@ impl WorldSwitch for Switch {
         vmload(area.root.control_spa);
     }
 
+    fn pause(area: &mut CpuArea, core: &mut VpCore) {
+        Self::to_root(area, core);
+    }
+
+    fn resume(area: &mut CpuArea, core: &mut VpCore) {
+        Self::keep_root(area, core);
+        // Before the registers change: see `rescue_root`.
+        area.current = area.extended;
+        Self::to_child(area, core);
+    }
+
+    fn end_pause(_: &mut CpuArea, _: &mut VpCore) {}
+
+    fn root_has_breakpoints(area: &CpuArea) -> bool {
+        vmcb_at(area.root.control).dr7 & 0xff != 0
+    }
+
     fn rescue_root(area: &mut CpuArea, _: &VpCore) {
         if area.current != &raw const area.root as u64 {
             vmload(area.root.control_spa);
@@ -145,6 +165,37 @@ extern "C" fn svm_child_exit(area: &mut CpuArea) -> *const VpContext {
 
 #[no_mangle]
 extern "C" fn svm_root_exit(area: &mut CpuArea) -> *const VpContext {
+    if area.extended != 0 && pause_ends_with_a_run(area) {
+        return dispatch::context(area);
+    }
+    root_exit(area)
+}
+
+/// An exit of the root while it has a VP paused. True if that runs next.
+#[inline(always)]
+fn pause_ends_with_a_run(area: &mut CpuArea) -> bool {
+    let vmcb = vmcb_at(area.root.control);
+    let resumes = vmcb.exit_code == exit::VMMCALL
+        && vmcb.cpl == 0
+        && vmcb.rflags & rflags::TF == 0
+        && area.root.gprs[gpr::RCX] == RESUME;
+    let step = resumes.then(|| (area.root.gprs[gpr::R8] >> 32) as u8);
+    let runs = dispatch::exit_in_pause::<Switch>(area, step);
+    if runs {
+        vmcb.tlb_control = 0;
+        vmcb.event_injection = 0;
+        vmcb.interrupt_shadow = 0;
+        vmcb.rip = if boot().svm_next_rip != 0 {
+            vmcb.next_rip
+        } else {
+            vmcb.rip.wrapping_add(VMMCALL_LENGTH)
+        };
+    }
+    runs
+}
+
+#[inline(never)]
+fn root_exit(area: &mut CpuArea) -> *const VpContext {
     let on = cpu::root_cpu(area);
     let mut processor = Svm::root(area);
     processor.area.root.gprs[gpr::RAX] = processor.vmcb.rax;
@@ -184,7 +235,7 @@ impl Svm<'_> {
     /// prefixes that these instructions allow do nothing, and Linux writes none.
     fn instruction_length(&self) -> u64 {
         match self.vmcb.exit_code {
-            exit::VMMCALL | exit::XSETBV => 3,
+            exit::VMMCALL | exit::XSETBV => VMMCALL_LENGTH,
             _ => 2,
         }
     }

@@ -4,6 +4,7 @@
 use core::arch::asm;
 
 use hv_abi::boot::{BootInfo, CpuArea};
+use hv_abi::hypercall::PortWrite;
 use hv_x86::regs::{cr0, cr4, efer, msr, rflags};
 use hv_x86::state::Segment;
 use hv_x86::vmcs::{
@@ -469,6 +470,18 @@ impl ChildHardware for VmxChild {
         let q = read(field::EXIT_QUALIFICATION);
         // No string.
         (q & 0x10 == 0).then(|| io_access(q))
+    }
+
+    #[inline(always)]
+    fn quick_write(&mut self, core: &VpCore) -> Option<PortWrite> {
+        let q = read_known(field::EXIT_QUALIFICATION);
+        // IN, string or REP.
+        (q & 0x38 == 0).then(|| PortWrite {
+            port: (q >> 16) as u16,
+            size: (q & 7) as u8 + 1,
+            length: read_known(field::EXIT_INSTRUCTION_LENGTH) as u8,
+            value: core.state.context.gprs[0] as u32,
+        })
     }
 
     fn load_general(&mut self, core: &VpCore) {

@@ -4,7 +4,7 @@
 use core::arch::{asm, global_asm};
 
 use hv_abi::boot::{BootInfo, CpuArea, TableRegister, VpContext};
-use hv_abi::hypercall::{Control, DispatchEvent};
+use hv_abi::hypercall::{private, Control, DispatchEvent};
 use hv_abi::layout::{stats_page, APIC_PAGE};
 use hv_abi::stats::StatsPage;
 use hv_abi::status::HvStatus;
@@ -26,6 +26,9 @@ global_asm!(include_str!("entry.S"), apic_page = const APIC_PAGE,
 /// Event to inject at the next entry: valid, hardware exception, with error code (SDM 26.8.3).
 const INJECT_UD: u64 = 1 << 31 | 3 << 8 | 6;
 const INJECT_GP: u64 = 1 << 31 | 3 << 8 | 1 << 11 | 13;
+/// Control word of the call that resumes a paused VP, and the length of its instruction.
+const RESUME: u64 = Control::simple(private::RESUME_VP, true).0;
+const VMCALL_LENGTH: u64 = 3;
 const INJECT_MC: u64 = 1 << 31 | 3 << 8 | exception::MACHINE_CHECK as u64;
 /// IA32_MCG_STATUS: the interrupted code can go on; the check is about the instruction there; a check is in progress (SDM 17.3.1.2).
 const MCG_RIPV: u64 = 1;
@@ -87,6 +90,15 @@ mod child;
 /// The switch between root and child of VT-x.
 struct Switch;
 
+/// Makes the root's VMCS current.
+#[inline(always)]
+fn open_root(area: &mut CpuArea) {
+    child::load_vmcs(area.root.control_spa);
+    if core::mem::take(&mut area.machine_check) != 0 {
+        write(field::ENTRY_INTERRUPTION, INJECT_MC);
+    }
+}
+
 impl WorldSwitch for Switch {
     type Hardware = child::VmxChild;
     const IN_REGISTERS: bool = true;
@@ -106,10 +118,7 @@ impl WorldSwitch for Switch {
 
     fn close(area: &mut CpuArea, core: &VpCore) {
         child::clear_vmcs(core.control);
-        child::load_vmcs(area.root.control_spa);
-        if core::mem::take(&mut area.machine_check) != 0 {
-            write(field::ENTRY_INTERRUPTION, INJECT_MC);
-        }
+        open_root(area);
     }
 
     fn keep_root(_: &mut CpuArea, core: &mut VpCore) {
@@ -123,6 +132,23 @@ impl WorldSwitch for Switch {
     fn to_root(area: &mut CpuArea, core: &mut VpCore) {
         child::msrs_to_root(core);
         Self::close(area, core);
+    }
+
+    /// The VMCS of the child stays active: no other CPU gets it before `end_pause`.
+    fn pause(area: &mut CpuArea, _: &mut VpCore) {
+        open_root(area);
+    }
+
+    fn resume(_: &mut CpuArea, core: &mut VpCore) {
+        child::load_vmcs(core.control);
+    }
+
+    fn end_pause(area: &mut CpuArea, core: &mut VpCore) {
+        Self::to_root(area, core);
+    }
+
+    fn root_has_breakpoints(_: &CpuArea) -> bool {
+        read(field::GUEST_DR7) & 0xff != 0
     }
 
     fn rescue_root(area: &mut CpuArea, core: &VpCore) {
@@ -153,7 +179,33 @@ extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
         let context = dispatch::child_exit::<Switch>(area);
         return Resume { context, launch: 0 };
     }
+    if area.extended != 0 && pause_ends_with_a_run(area) {
+        // Its VMCS has not been cleared.
+        let context = dispatch::context(area);
+        return Resume { context, launch: 0 };
+    }
     root_exit(area)
+}
+
+/// An exit of the root while it has a VP paused. True if that runs next.
+#[inline(always)]
+fn pause_ends_with_a_run(area: &mut CpuArea) -> bool {
+    let resumes = area.root.gprs[gpr::RCX] == RESUME
+        && read_known(field::EXIT_REASON) as u32 == reason::VMCALL
+        && read_known(field::GUEST_RFLAGS) & rflags::TF == 0
+        && root_cpl() == 0;
+    if !resumes {
+        return dispatch::exit_in_pause::<Switch>(area, None);
+    }
+    let rip = read_known(field::GUEST_RIP);
+    // The shadow that ends here is none: the module's call does not follow STI or MOV SS.
+    write(field::GUEST_RIP, rip.wrapping_add(VMCALL_LENGTH));
+    let step = (area.root.gprs[gpr::R8] >> 32) as u8;
+    let runs = dispatch::exit_in_pause::<Switch>(area, Some(step));
+    if !runs {
+        write(field::GUEST_RIP, rip);
+    }
+    runs
 }
 
 #[inline(never)]
