@@ -3,6 +3,7 @@
 
 use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
 use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 
 use kernel::prelude::*;
@@ -740,6 +741,14 @@ impl EventFd {
     pub(crate) fn get(fd: i32) -> Result<Self> {
         // SAFETY: process context; the function checks the number.
         pointer_or_error(unsafe { ffi::hv_sys_eventfd_get(fd) }).map(Self)
+    }
+
+    /// The same object without a reference of its own.
+    ///
+    /// # Safety
+    /// `self` outlives all uses of it.
+    pub(crate) unsafe fn alias(&self) -> ManuallyDrop<Self> {
+        ManuallyDrop::new(Self(self.0))
     }
 
     /// Adds 1 to its counter. Any context.

@@ -4,14 +4,15 @@
 //! They are matched when the VP leaves with the write, before the VMM sees it. What cannot be finished here (an
 //! instruction that is not a plain store, string I/O) goes to the VMM as if there were no doorbell.
 
-use core::sync::atomic::Ordering;
+use core::mem::ManuallyDrop;
+use core::sync::atomic::{AtomicPtr, Ordering};
 
 use kernel::prelude::*;
 
 use super::partition::Partition;
 use super::vp::{quad, word, Message, Vp, PAYLOAD};
 use crate::abi::hypercall::{PortSet, PortWrite};
-use crate::sys::{self, EventFd};
+use crate::sys::{self, EventFd, IrqsOff};
 use crate::x86::access::{decode, Access, Mode, Operation, Source};
 
 /// Doorbells of one partition: nobody needs more.
@@ -67,7 +68,8 @@ impl Doorbells {
         rest.get(..count).unwrap_or(&[])
     }
 
-    fn add(&mut self, bell: DoorbellRequest) -> Result {
+    /// Adds it, or gives it back if there is no room.
+    fn add(&mut self, bell: DoorbellRequest) -> Result<Option<DoorbellRequest>> {
         if self
             .at(bell.port, bell.address)
             .iter()
@@ -78,10 +80,14 @@ impl Doorbells {
         if self.0.len() >= MOST {
             return Err(ENOSPC);
         }
+        if self.0.len() == self.0.capacity() {
+            return Ok(Some(bell));
+        }
         let index = self.0.partition_point(|other| other.key() < bell.key());
         self.0
             .insert_within_capacity(index, bell)
-            .map_err(|_| ENOMEM)
+            .map_err(|_| ENOMEM)?;
+        Ok(None)
     }
 
     /// Their ports. Addresses that are none do no harm.
@@ -103,46 +109,161 @@ impl Doorbells {
     }
 }
 
+/// A doorbell that has its port for itself: what a dispatch says of writes that ring it.
+struct QuickBell {
+    mask: u64,
+    value: u64,
+    event: Option<ManuallyDrop<EventFd>>,
+}
+
+impl QuickBell {
+    /// Rung by nothing.
+    const NONE: Self = Self {
+        mask: 0,
+        value: 1,
+        event: None,
+    };
+
+    /// `None` for those that need more than a comparison.
+    fn of(port: u16, bell: &DoorbellRequest) -> Option<Self> {
+        let write = |size, value| {
+            PortWrite {
+                port,
+                size,
+                length: 0,
+                value,
+            }
+            .to_value()
+        };
+        let no_length = !PortWrite::LENGTH_MASK & 0xffff_ffff;
+        let (mask, value) = match (bell.length, bell.data) {
+            (0, None) => (no_length & !PortWrite::SIZE_MASK, write(0, 0)),
+            (size @ (1 | 2 | 4), None) => (no_length, write(size as u8, 0)),
+            _ => return None,
+        };
+        // SAFETY: no table with it is in use any more when the doorbell is dropped (`Partition::change_doorbells`).
+        let event = unsafe { bell.event.alias() };
+        Some(Self {
+            mask,
+            value,
+            event: Some(event),
+        })
+    }
+}
+
+/// One for each bit of a [`PortSet`].
+struct QuickTable([QuickBell; PortSet::BITS]);
+
+impl QuickTable {
+    fn new() -> Result<KBox<Self>> {
+        Ok(KBox::new(
+            Self([const { QuickBell::NONE }; PortSet::BITS]),
+            GFP_KERNEL_ACCOUNT,
+        )?)
+    }
+
+    fn fill(&mut self, bells: &Doorbells) {
+        for bell in bells.0.iter().filter(|bell| bell.port) {
+            let (Ok(port), [_]) = (u16::try_from(bell.address), bells.at(true, bell.address))
+            else {
+                continue;
+            };
+            let slot = &mut self.0[PortSet::bit(port)];
+            if slot.event.is_none() {
+                *slot = QuickBell::of(port, bell).unwrap_or(QuickBell::NONE);
+            }
+        }
+    }
+}
+
+/// The table that VPs look at, with interrupts off. A table that was replaced is in use until every CPU has had them on.
+pub(super) struct QuickBells(AtomicPtr<QuickTable>);
+
+impl QuickBells {
+    /// Without doorbells.
+    pub(super) fn new() -> Result<Self> {
+        Ok(Self(AtomicPtr::new(KBox::into_raw(QuickTable::new()?))))
+    }
+
+    /// A dispatch came back with `value`. True if that was a write to a doorbell, which has been rung.
+    #[inline(always)]
+    pub(super) fn ring(&self, value: u64, _: &IrqsOff) -> bool {
+        // SAFETY: with interrupts off it stays.
+        let table = unsafe { &*self.0.load(Ordering::Acquire) };
+        let bell = &table.0[PortSet::bit((value >> 16) as u16)];
+        if value & bell.mask != bell.value {
+            return false;
+        }
+        if let Some(event) = &bell.event {
+            event.signal();
+        }
+        true
+    }
+
+    fn replace(&self, table: KBox<QuickTable>) -> KBox<QuickTable> {
+        let old = self.0.swap(KBox::into_raw(table), Ordering::AcqRel);
+        // SAFETY: made by `into_raw`, and no longer ours.
+        unsafe { KBox::from_raw(old) }
+    }
+}
+
+impl Drop for QuickBells {
+    fn drop(&mut self) {
+        // SAFETY: as above; nobody uses it.
+        drop(unsafe { KBox::from_raw(*self.0.get_mut()) });
+    }
+}
+
 impl Partition {
     /// Adds a doorbell; `EEXIST` if it collides with one.
     pub(crate) fn add_doorbell(&self, bell: DoorbellRequest) -> Result {
-        loop {
-            let mut bells = self.doorbells.lock();
-            let count = bells.0.len();
-            if count < bells.0.capacity() || count >= MOST {
-                bells.add(bell)?;
-                let new = bells.ports().to_value();
-                let old = self.ports.swap(new, Ordering::SeqCst);
-                drop(bells);
-                if new != old {
-                    // No VP runs any more that was dispatched with the old set.
-                    sys::call_on_each_cpu(|| {});
-                }
-                return Ok(());
-            }
-            drop(bells);
-            // Memory is taken without the lock, which VPs take with interrupts off.
-            let mut larger = KVVec::with_capacity((count * 2).max(16), GFP_KERNEL_ACCOUNT)?;
-            let mut bells = self.doorbells.lock();
-            if larger.capacity() > bells.0.len() {
-                while let Some(bell) = bells.0.pop() {
-                    larger.push_within_capacity(bell).map_err(|_| ENOMEM)?;
-                }
-                larger.reverse();
-                core::mem::swap(&mut bells.0, &mut larger);
-            }
+        let mut bell = Some(bell);
+        while let Some(new) = bell.take() {
+            self.make_room_for_doorbells()?;
+            // Another thread may have taken the room.
+            bell = self.change_doorbells(|bells| bells.add(new))?;
         }
+        Ok(())
+    }
+
+    /// Memory is taken without the lock, which VPs take with interrupts off.
+    fn make_room_for_doorbells(&self) -> Result {
+        let bells = self.doorbells.lock();
+        let (count, room) = (bells.0.len(), bells.0.capacity());
+        drop(bells);
+        if count < room || count >= MOST {
+            return Ok(());
+        }
+        let mut larger = KVVec::with_capacity((count * 2).max(16), GFP_KERNEL_ACCOUNT)?;
+        let mut bells = self.doorbells.lock();
+        if larger.capacity() > bells.0.len() {
+            while let Some(bell) = bells.0.pop() {
+                larger.push_within_capacity(bell).map_err(|_| ENOMEM)?;
+            }
+            larger.reverse();
+            core::mem::swap(&mut bells.0, &mut larger);
+        }
+        Ok(())
     }
 
     /// Removes a doorbell; `ENOENT` if there is none like it.
     pub(crate) fn remove_doorbell(&self, like: &DoorbellRequest) -> Result {
-        let mut bells = self.doorbells.lock();
-        let removed = bells.remove(like);
-        self.ports
-            .store(bells.ports().to_value(), Ordering::Relaxed);
-        drop(bells);
         // Dropped without the lock.
-        removed.map(drop)
+        self.change_doorbells(|bells| bells.remove(like)).map(drop)
+    }
+
+    /// Afterwards no VP runs that was dispatched with the old set of ports, and none looks at the old table.
+    fn change_doorbells<R>(&self, change: impl FnOnce(&mut Doorbells) -> Result<R>) -> Result<R> {
+        let mut table = QuickTable::new()?;
+        let mut bells = self.doorbells.lock();
+        let changed = change(&mut bells)?;
+        table.fill(&bells);
+        self.ports.store(bells.ports().to_value(), Ordering::SeqCst);
+        let old = self.quick_doorbells.replace(table);
+        drop(bells);
+        sys::call_on_each_cpu(|| {});
+        drop(old);
+        Ok(changed)
     }
 
     /// A VP wrote to guest-physical memory that is not there. If that was a doorbell, it has been rung, and the length of

@@ -14,7 +14,7 @@ use kernel::transmute::{AsBytes, FromBytes};
 use kernel::{new_mutex, new_spinlock};
 
 use super::call::{errno, rep_control, Answer};
-use super::doorbell::Doorbells;
+use super::doorbell::{Doorbells, QuickBells};
 use super::interrupt::Interrupts;
 use super::memory::{AccessQuery, Fault, Memory, Region, Sizes};
 use super::pool::Pool;
@@ -51,6 +51,7 @@ pub(crate) struct Partition {
     pub(super) sizes: Sizes,
     #[pin]
     pub(super) doorbells: SpinLock<Doorbells>,
+    pub(super) quick_doorbells: QuickBells,
     /// A [`PortSet`](crate::abi::hypercall::PortSet): those of the doorbells. Written with their lock held.
     pub(super) ports: AtomicU64,
     #[pin]
@@ -144,7 +145,7 @@ impl Partition {
         })?;
         errno(answer.status)?;
         let new = Arc::pin_init(
-            pin_init!(Self {
+            try_pin_init!(Self {
                 id,
                 winhv,
                 mm,
@@ -153,12 +154,13 @@ impl Partition {
                 memory <- new_mutex!(Memory::new()),
                 sizes: Sizes::default(),
                 doorbells <- new_spinlock!(Doorbells::new()),
+                quick_doorbells: QuickBells::new()?,
                 ports: AtomicU64::new(0),
                 interrupts <- new_mutex!(Interrupts::new()),
                 vps,
                 vp_limit: AtomicU32::new(0),
                 tracks_access: AtomicBool::new(false),
-            }),
+            }? Error),
             GFP_KERNEL,
         )
         .inspect_err(|_| delete_in_image(winhv, id))?;

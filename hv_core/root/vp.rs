@@ -18,7 +18,7 @@ use kernel::seq_file::SeqFile;
 use kernel::seq_print;
 use kernel::sync::Mutex;
 
-use super::call::{bytes, bytes_mut, errno, variable_control};
+use super::call::{bytes, bytes_mut, errno, variable_control, Answer};
 use super::memory::Fault;
 use super::partition::Partition;
 use crate::abi::hypercall::{
@@ -306,12 +306,12 @@ impl Vp {
             // is only paused: it keeps the registers of the FPU, which Linux puts into memory once. Breakpoints of the kernel
             // are looked at by the image. What else stays the VP's, only user space needs.
             let mut answer = partition.fast(code::DISPATCH_VP, at(step));
-            let mut fpu = None;
+            let (mut fpu, mut rung) = (None, false);
             while let Some(write) = PortWrite::from_value(answer.value) {
-                let rung = partition.ring_port_doorbell(write);
+                rung = rung || partition.ring_port_doorbell(write);
                 if rung && !sys::must_reschedule() {
                     fpu.get_or_insert_with(|| FpuOff::new(&irqs));
-                    answer = partition.fast(private::RESUME_VP, at(write.length) | MAY_PAUSE);
+                    (answer, rung) = resume(partition, at(write.length), &irqs);
                     continue;
                 }
                 if fpu.is_some() {
@@ -561,6 +561,21 @@ impl Vp {
             self.intercepts.load(Ordering::Relaxed),
             self.run_page().exits.load(Ordering::Relaxed)
         );
+    }
+}
+
+/// Resumes a VP, which may pause, as long as it rings doorbells that are found at once. Whether its last write was one, too.
+#[inline(never)]
+fn resume(partition: &Partition, second: u64, irqs: &IrqsOff) -> (Answer, bool) {
+    let mut second = second | MAY_PAUSE;
+    loop {
+        let answer = partition.fast(private::RESUME_VP, second);
+        let rung = partition.quick_doorbells.ring(answer.value, irqs);
+        if !rung || sys::must_reschedule() {
+            return (answer, rung);
+        }
+        // The length of the instruction.
+        second = second & !(0xff << 32) | (answer.value & PortWrite::LENGTH_MASK) << 24;
     }
 }
 

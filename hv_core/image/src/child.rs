@@ -175,7 +175,10 @@ impl<H: ChildHardware> Run<'_, H> {
     /// conditions. What came from outside meanwhile is looked at when it goes on.
     #[inline(always)]
     pub fn pause_quickly(&mut self) -> Option<u64> {
-        if !self.core.quiet || !self.hardware.is_undisturbed(self.core) {
+        let is_simple = !self.core.pauses.is_empty()
+            && self.core.quiet
+            && self.hardware.is_undisturbed(self.core);
+        if !is_simple {
             return None;
         }
         let write = self.hardware.quick_write(self.core)?;

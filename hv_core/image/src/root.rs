@@ -143,7 +143,11 @@ fn dispatch(p: &mut impl Processor) {
             p.context().gprs[gpr::RDX] = event as u64;
             HvStatus::SUCCESS
         }
-        Err(status) => status,
+        Err(status) => {
+            // No event.
+            p.context().gprs[gpr::RDX] = 0;
+            status
+        }
     };
     set_result(p, result(status, 0));
 }

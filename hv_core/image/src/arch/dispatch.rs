@@ -167,18 +167,39 @@ fn exited<'a, W: WorldSwitch>(
     }
 }
 
-/// An exit of the child that runs on this CPU. The context to resume is `area.current` afterwards. Simple ones
-/// ([`Run::finish_quickly`]) and the others are apart because those need few registers.
+/// An exit of the child that runs on this CPU. The context to resume is `area.current` afterwards. A pause, simple exits
+/// ([`Run::finish_quickly`]) and the others are apart because those in front need few registers.
 #[inline(always)]
 pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
     let mut core = unsafe { vp.core.resume() };
     core.exits = core.exits.wrapping_add(1);
-    if exited::<W>(area, vp, &mut core).hardware.is_port() {
+    let mut run = exited::<W>(area, vp, &mut core);
+    if !run.hardware.is_port() {
+        drop(run);
+        core.keep();
+        return simple_exit::<W>(area);
+    }
+    let paused = run.pause_quickly();
+    drop(run);
+    let Some(value) = paused else {
         core.keep();
         return port_exit::<W>(area);
+    };
+    core.paused_with = value;
+    core.keep();
+    if switch::pause_has_barriers() {
+        return pause_with_barriers::<W>(area);
     }
+    pause::<W>(area)
+}
+
+#[inline(never)]
+fn simple_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let mut core = unsafe { vp.core.resume() };
     let done = exited::<W>(area, vp, &mut core).finish_quickly();
     core.keep();
     if done {
@@ -188,52 +209,72 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     }
 }
 
-/// An exit for an access to a port.
-#[inline(never)]
-fn port_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+/// The root runs next, and the VP stays on this CPU.
+#[inline(always)]
+fn pause<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: as in `child_exit`.
     let mut core = unsafe { vp.core.resume() };
-    let paused = exited::<W>(area, vp, &mut core).pause_quickly();
-    if let Some(value) = paused {
-        core.paused_with = value;
-        switch::pause(area, &mut core, W::IN_REGISTERS);
-        W::pause(area, &mut core);
-        core.keep();
-        to_root_context::<W>(area, HvStatus::SUCCESS, value);
-        return context(area);
-    }
+    switch::pause(area, &mut core, W::IN_REGISTERS);
+    W::pause(area, &mut core);
+    let value = core.paused_with;
     core.keep();
-    port_leave::<W>(area)
-}
-
-/// An exit of the root while it has a VP paused, by which it resumes it if `step` is not `None`: behind an instruction of that
-/// length. True if the VP runs next; otherwise it is no longer paused.
-#[inline(always)]
-pub fn exit_in_pause<W: WorldSwitch>(area: &mut CpuArea, step: Option<u8>) -> bool {
-    let vp = running(area.extended);
-    // SAFETY: `port_exit` kept the ownership when it paused the VP on this CPU.
-    let mut core = unsafe { vp.core.resume() };
-    if let Some(step) = step {
-        if exited::<W>(area, vp, &mut core).is_quiet() {
-            W::resume(area, &mut core);
-            let mut hardware = exited::<W>(area, vp, &mut core).hardware;
-            hardware.skip_quick(step.into());
-            switch::resume(area, &core, W::IN_REGISTERS);
-            area.current = area.extended;
-            core.keep();
-            return true;
-        }
-    }
-    core.keep();
-    end_pause::<W>(area);
-    false
+    to_root_context::<W>(area, HvStatus::SUCCESS, value);
+    context(area)
 }
 
 #[inline(never)]
-fn end_pause<W: WorldSwitch>(area: &mut CpuArea) {
+fn pause_with_barriers<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let core = unsafe { vp.core.resume() };
+    switch::pause_barriers(area, &core);
+    core.keep();
+    pause::<W>(area)
+}
+
+/// Whether the VP that is paused on this CPU can go on as it is.
+#[inline(always)]
+pub fn can_resume<W: WorldSwitch>(area: &CpuArea) -> bool {
     let vp = running(area.extended);
-    // SAFETY: as in `exit_in_pause`.
+    // SAFETY: `child_exit` kept the ownership when it paused the VP on this CPU.
+    let mut core = unsafe { vp.core.resume() };
+    let can = exited::<W>(area, vp, &mut core).is_quiet();
+    core.keep();
+    can
+}
+
+/// It goes on, behind an instruction of `step` bytes. Its control structure is not current yet.
+#[inline(always)]
+pub fn resume<W: WorldSwitch>(area: &mut CpuArea, step: u8) -> *const VpContext {
+    let vp = running(area.extended);
+    // SAFETY: as in `can_resume`.
+    let mut core = unsafe { vp.core.resume() };
+    W::resume(area, &mut core);
+    exited::<W>(area, vp, &mut core)
+        .hardware
+        .skip_quick(step.into());
+    switch::resume(area, &core, W::IN_REGISTERS);
+    area.current = area.extended;
+    core.keep();
+    context(area)
+}
+
+/// The same where barriers come first.
+#[inline(never)]
+pub fn resume_with_barriers<W: WorldSwitch>(area: &mut CpuArea, step: u8) -> *const VpContext {
+    let vp = running(area.extended);
+    // SAFETY: as in `can_resume`.
+    let core = unsafe { vp.core.resume() };
+    switch::resume_barriers(area, &core);
+    core.keep();
+    resume::<W>(area, step)
+}
+
+/// Brings back all that a pause left. Afterwards the VP is as if it had left with its write.
+pub fn end_pause<W: WorldSwitch>(area: &mut CpuArea) {
+    let vp = running(area.extended);
+    // SAFETY: as in `can_resume`.
     let mut core = unsafe { vp.core.resume() };
     exited::<W>(area, vp, &mut core).end_pause();
     W::end_pause(area, &mut core);
@@ -242,8 +283,9 @@ fn end_pause<W: WorldSwitch>(area: &mut CpuArea) {
     partition::end_use(vp.partition);
 }
 
+/// An exit for an access to a port that did not pause the VP.
 #[inline(never)]
-fn port_leave<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+fn port_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: as in `child_exit`.
     let mut core = unsafe { vp.core.resume() };

@@ -250,7 +250,7 @@ pub fn to_child(area: &mut CpuArea, core: &VpCore, other: bool, in_registers: bo
     }
 }
 
-/// From a paused child's root back to the child: what [`pause`] did, undone.
+/// From the root back to a paused child: what [`pause`] did, undone.
 #[inline(always)]
 pub fn resume(area: &CpuArea, core: &VpCore, in_registers: bool) {
     // SAFETY: as in `to_child`.
@@ -261,27 +261,46 @@ pub fn resume(area: &CpuArea, core: &VpCore, in_registers: bool) {
         set_dr6(core.state.dr6);
         set_cr2(core.state.cr2);
     }
-    if does(TO_CHILD) {
-        if does(action::SPEC_CTRL) {
-            root.spec_ctrl = rdmsr(SPEC_CTRL);
-        }
-        barriers_to_child(root, core, false);
+}
+
+/// Whether there is more to do before [`pause`] and before [`resume`] than they do.
+#[inline(always)]
+pub fn pause_has_barriers() -> bool {
+    does(TO_ROOT)
+}
+
+/// See [`pause_has_barriers`].
+#[inline(always)]
+pub fn resume_has_barriers() -> bool {
+    does(TO_CHILD)
+}
+
+/// Those before [`pause`].
+pub fn pause_barriers(area: &CpuArea, core: &VpCore) {
+    // SAFETY: as in `to_child`.
+    barriers_to_root(unsafe { &*root_state(area.cpu) }, core);
+}
+
+/// Those before [`resume`].
+pub fn resume_barriers(area: &CpuArea, core: &VpCore) {
+    // SAFETY: as in `to_child`.
+    let root = unsafe { &mut *root_state(area.cpu) };
+    if does(action::SPEC_CTRL) {
+        root.spec_ctrl = rdmsr(SPEC_CTRL);
     }
+    barriers_to_child(root, core, false);
 }
 
 /// From a child to the root's kernel, which is about to complete a write to a port and nothing else: the extended state, DR0 to
 /// DR3 and TSC_AUX stay the child's. The root has no breakpoint armed.
 #[inline(always)]
 pub fn pause(area: &CpuArea, core: &mut VpCore, in_registers: bool) {
-    // SAFETY: as in `to_child`.
-    let root = unsafe { &*root_state(area.cpu) };
-    if does(TO_ROOT) {
-        barriers_to_root(root, core);
-    }
     if does(action::FILL_RETURN_STACK) {
         fill_return_stack();
     }
     if in_registers {
+        // SAFETY: as in `to_child`.
+        let root = unsafe { &*root_state(area.cpu) };
         core.state.dr6 = dr6();
         core.state.cr2 = cr2();
         set_dr6(root.dr6);
@@ -310,6 +329,9 @@ pub fn end_pause(area: &mut CpuArea, core: &mut VpCore) {
 /// From a child to the root.
 #[inline(always)]
 pub fn to_root(area: &mut CpuArea, core: &mut VpCore, in_registers: bool) {
+    if pause_has_barriers() {
+        pause_barriers(area, core);
+    }
     pause(area, core, in_registers);
     end_pause(area, core);
 }

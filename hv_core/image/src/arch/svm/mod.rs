@@ -11,7 +11,7 @@ use hv_x86::regs::{cr0, efer, msr, rflags};
 use hv_x86::vmcb::{exit, Vmcb};
 
 use super::dispatch::{self, WorldSwitch};
-use super::{cpu, gpr, ChildHardware, Exception, Exit, Processor};
+use super::{cpu, gpr, switch, ChildHardware, Exception, Exit, Processor};
 use crate::header::boot;
 use crate::hypercall::Call;
 use crate::vp::VpCore;
@@ -165,33 +165,37 @@ extern "C" fn svm_child_exit(area: &mut CpuArea) -> *const VpContext {
 
 #[no_mangle]
 extern "C" fn svm_root_exit(area: &mut CpuArea) -> *const VpContext {
-    if area.extended != 0 && pause_ends_with_a_run(area) {
-        return dispatch::context(area);
+    if area.extended == 0 {
+        return root_exit(area);
     }
-    root_exit(area)
-}
-
-/// An exit of the root while it has a VP paused. True if that runs next.
-#[inline(always)]
-fn pause_ends_with_a_run(area: &mut CpuArea) -> bool {
     let vmcb = vmcb_at(area.root.control);
     let resumes = vmcb.exit_code == exit::VMMCALL
         && vmcb.cpl == 0
         && vmcb.rflags & rflags::TF == 0
         && area.root.gprs[gpr::RCX] == RESUME;
-    let step = resumes.then(|| (area.root.gprs[gpr::R8] >> 32) as u8);
-    let runs = dispatch::exit_in_pause::<Switch>(area, step);
-    if runs {
-        vmcb.tlb_control = 0;
-        vmcb.event_injection = 0;
-        vmcb.interrupt_shadow = 0;
-        vmcb.rip = if boot().svm_next_rip != 0 {
-            vmcb.next_rip
-        } else {
-            vmcb.rip.wrapping_add(VMMCALL_LENGTH)
-        };
+    if !resumes || !dispatch::can_resume::<Switch>(area) {
+        return end_pause(area);
     }
-    runs
+    vmcb.tlb_control = 0;
+    vmcb.event_injection = 0;
+    vmcb.interrupt_shadow = 0;
+    vmcb.rip = if boot().svm_next_rip != 0 {
+        vmcb.next_rip
+    } else {
+        vmcb.rip.wrapping_add(VMMCALL_LENGTH)
+    };
+    let step = (area.root.gprs[gpr::R8] >> 32) as u8;
+    if switch::resume_has_barriers() {
+        return dispatch::resume_with_barriers::<Switch>(area, step);
+    }
+    dispatch::resume::<Switch>(area, step)
+}
+
+/// An exit of the root that ends a pause.
+#[inline(never)]
+fn end_pause(area: &mut CpuArea) -> *const VpContext {
+    dispatch::end_pause::<Switch>(area);
+    root_exit(area)
 }
 
 #[inline(never)]

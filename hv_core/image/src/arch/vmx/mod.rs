@@ -13,7 +13,7 @@ use hv_x86::state::Segment;
 use hv_x86::vmcs::{entry_control, field, reason, ENTRY_FAILED};
 
 use super::dispatch::{self, WorldSwitch};
-use super::{cpu, gpr, ChildHardware, Exception, Exit, Processor};
+use super::{cpu, gpr, switch, ChildHardware, Exception, Exit, Processor};
 use crate::child::exception;
 use crate::header::boot;
 use crate::hypercall::Call;
@@ -179,33 +179,34 @@ extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
         let context = dispatch::child_exit::<Switch>(area);
         return Resume { context, launch: 0 };
     }
-    if area.extended != 0 && pause_ends_with_a_run(area) {
-        // Its VMCS has not been cleared.
-        let context = dispatch::context(area);
-        return Resume { context, launch: 0 };
+    if area.extended == 0 {
+        return root_exit(area);
     }
-    root_exit(area)
-}
-
-/// An exit of the root while it has a VP paused. True if that runs next.
-#[inline(always)]
-fn pause_ends_with_a_run(area: &mut CpuArea) -> bool {
     let resumes = area.root.gprs[gpr::RCX] == RESUME
         && read_known(field::EXIT_REASON) as u32 == reason::VMCALL
         && read_known(field::GUEST_RFLAGS) & rflags::TF == 0
-        && root_cpl() == 0;
-    if !resumes {
-        return dispatch::exit_in_pause::<Switch>(area, None);
+        && read_known(field::GUEST_SS_RIGHTS) & 0x60 == 0;
+    if !resumes || !dispatch::can_resume::<Switch>(area) {
+        return end_pause(area);
     }
+    // No shadow of STI or MOV SS ends here: the module's call does not follow one.
     let rip = read_known(field::GUEST_RIP);
-    // The shadow that ends here is none: the module's call does not follow STI or MOV SS.
     write(field::GUEST_RIP, rip.wrapping_add(VMCALL_LENGTH));
     let step = (area.root.gprs[gpr::R8] >> 32) as u8;
-    let runs = dispatch::exit_in_pause::<Switch>(area, Some(step));
-    if !runs {
-        write(field::GUEST_RIP, rip);
-    }
-    runs
+    let context = if switch::resume_has_barriers() {
+        dispatch::resume_with_barriers::<Switch>(area, step)
+    } else {
+        dispatch::resume::<Switch>(area, step)
+    };
+    // Its VMCS was not cleared.
+    Resume { context, launch: 0 }
+}
+
+/// An exit of the root that ends a pause.
+#[inline(never)]
+fn end_pause(area: &mut CpuArea) -> Resume {
+    dispatch::end_pause::<Switch>(area);
+    root_exit(area)
 }
 
 #[inline(never)]
