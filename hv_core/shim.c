@@ -609,6 +609,18 @@ bool hv_sys_must_reschedule(void)
 	return need_resched();
 }
 
+/* Where the current thread is told that another shall run, and the bit. */
+struct hv_flag {
+	const unsigned long *word;
+	unsigned long mask;
+};
+
+struct hv_flag hv_sys_reschedule_flag(void);
+struct hv_flag hv_sys_reschedule_flag(void)
+{
+	return (struct hv_flag){ &current_thread_info()->flags, _TIF_NEED_RESCHED };
+}
+
 int hv_sys_guest_mode_work(void);
 int hv_sys_guest_mode_work(void)
 {

@@ -3,8 +3,8 @@
 
 use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
 use core::marker::PhantomData;
-use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use kernel::prelude::*;
 
@@ -73,6 +73,7 @@ mod ffi {
         pub(super) fn hv_sys_fpu_begin();
         pub(super) fn hv_sys_fpu_end();
         pub(super) fn hv_sys_must_reschedule() -> bool;
+        pub(super) fn hv_sys_reschedule_flag() -> RescheduleFlag;
         pub(super) fn hv_sys_guest_mode_work() -> c_int;
         pub(super) fn hv_sys_guest_mode_end();
         pub(super) fn hv_sys_reschedule() -> c_int;
@@ -98,6 +99,7 @@ mod ffi {
         pub(super) fn hv_sys_eventfd_get(fd: c_int) -> *mut c_void;
         pub(super) fn hv_sys_eventfd_put(event: *mut c_void);
         pub(super) fn hv_sys_eventfd_signal(event: *mut c_void);
+        pub(super) fn eventfd_signal_mask(event: *mut c_void, mask: c_uint);
         pub(super) fn hv_sys_irqfd_new(
             fd: c_int,
             event: *mut c_void,
@@ -615,6 +617,27 @@ pub(crate) fn must_reschedule() -> bool {
     unsafe { ffi::hv_sys_must_reschedule() }
 }
 
+/// [`must_reschedule`] of this thread without a call.
+#[repr(C)]
+pub(crate) struct RescheduleFlag {
+    word: *const AtomicU64,
+    mask: u64,
+}
+
+impl RescheduleFlag {
+    /// That of the current thread. It stays with it, because it is not `Send`.
+    pub(crate) fn new() -> Self {
+        // SAFETY: gives the address of the current thread's flags.
+        unsafe { ffi::hv_sys_reschedule_flag() }
+    }
+
+    /// Whether another thread shall run on this CPU.
+    pub(crate) fn is_set(&self) -> bool {
+        // SAFETY: the flags live as long as the thread, which is here. All change them by atomic operations.
+        unsafe { &*self.word }.load(Ordering::Relaxed) & self.mask != 0
+    }
+}
+
 /// A point in a long loop: lets others run. `EINTR` if the process is being killed.
 pub(crate) fn reschedule() -> Result {
     // SAFETY: process context.
@@ -744,17 +767,36 @@ impl EventFd {
     }
 
     /// The same object without a reference of its own.
-    ///
-    /// # Safety
-    /// `self` outlives all uses of it.
-    pub(crate) unsafe fn alias(&self) -> ManuallyDrop<Self> {
-        ManuallyDrop::new(Self(self.0))
+    pub(crate) fn alias(&self) -> EventAlias {
+        EventAlias(self.0.as_ptr())
     }
 
     /// Adds 1 to its counter. Any context.
     pub(crate) fn signal(&self) {
         // SAFETY: we hold a reference.
         unsafe { ffi::hv_sys_eventfd_signal(self.0.as_ptr()) }
+    }
+}
+
+/// See [`EventFd::alias`].
+pub(crate) struct EventAlias(*mut c_void);
+
+impl EventAlias {
+    /// Of nothing.
+    pub(crate) const NONE: Self = Self(core::ptr::null_mut());
+
+    /// Whether it is of nothing.
+    pub(crate) fn is_none(&self) -> bool {
+        self.0.is_null()
+    }
+
+    /// As [`EventFd::signal`].
+    ///
+    /// # Safety
+    /// It is of an `EventFd` that still exists.
+    pub(crate) unsafe fn signal(&self) {
+        // SAFETY: by the caller's promise, there is a reference.
+        unsafe { ffi::eventfd_signal_mask(self.0, 0) }
     }
 }
 

@@ -728,6 +728,7 @@ fn new_block(cpu: u32, header: &ImageHeader) -> Result<CpuBlock> {
         root: VpContext {
             control_spa,
             control: cpu_page(index, cpu_block::ROOT_CONTROL),
+            is_root: 1,
             ..empty.root
         },
         gdt: [

@@ -81,9 +81,33 @@ pub(crate) struct Answer {
     pub(crate) value: u64,
 }
 
+/// The instruction that reaches the image.
+#[derive(Clone, Copy)]
+pub(crate) struct Instruction(Vendor);
+
+impl Instruction {
+    /// A call with its parameters where the control word says.
+    fn raw(self, control: u64, input: u64, output: u64) -> Answer {
+        let answer = match self.0 {
+            Vendor::Vmx => sys::vmcall(control, input, output),
+            Vendor::Svm => sys::vmmcall(control, input, output),
+        };
+        Answer {
+            status: HvStatus(answer.result as u16),
+            reps: ((answer.result >> 32) & 0xfff) as u16,
+            value: answer.value,
+        }
+    }
+
+    /// A call with its parameters in registers.
+    pub(crate) fn fast(self, code: u16, first: u64, second: u64) -> Answer {
+        self.raw(Control::simple(code, true).0, first, second)
+    }
+}
+
 /// The instruction that reaches the image, and a pair of parameter pages for each CPU.
 pub(crate) struct Calls {
-    vendor: Vendor,
+    instruction: Instruction,
     pages: KVec<Option<Pages>>,
 }
 
@@ -99,20 +123,13 @@ impl Calls {
             };
             pages.push(pair, GFP_KERNEL)?;
         }
-        Ok(Self { vendor, pages })
+        let instruction = Instruction(vendor);
+        Ok(Self { instruction, pages })
     }
 
-    /// A call with its parameters where the control word says.
-    fn raw(&self, control: u64, input: u64, output: u64) -> Answer {
-        let answer = match self.vendor {
-            Vendor::Vmx => sys::vmcall(control, input, output),
-            Vendor::Svm => sys::vmmcall(control, input, output),
-        };
-        Answer {
-            status: HvStatus(answer.result as u16),
-            reps: ((answer.result >> 32) & 0xfff) as u16,
-            value: answer.value,
-        }
+    /// The instruction.
+    pub(crate) fn instruction(&self) -> Instruction {
+        self.instruction
     }
 
     /// A call with its parameters in memory, until all its repetitions are done or one fails: the image does a bounded
@@ -121,7 +138,7 @@ impl Calls {
         let count = Control(control).rep_count();
         let mut control = control;
         loop {
-            let answer = self.raw(control, input, output);
+            let answer = self.instruction.raw(control, input, output);
             let start = Control(control).rep_start();
             if !answer.status.is_success() || answer.reps >= count || answer.reps <= start {
                 return answer;
@@ -132,7 +149,7 @@ impl Calls {
 
     /// A call with its parameters in registers.
     pub(crate) fn fast(&self, code: u16, first: u64, second: u64) -> Answer {
-        self.raw(Control::simple(code, true).0, first, second)
+        self.instruction.fast(code, first, second)
     }
 
     /// A call through the pages of this CPU, any context: `input` one after the other goes in, `output` comes

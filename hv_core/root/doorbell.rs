@@ -4,7 +4,6 @@
 //! They are matched when the VP leaves with the write, before the VMM sees it. What cannot be finished here (an
 //! instruction that is not a plain store, string I/O) goes to the VMM as if there were no doorbell.
 
-use core::mem::ManuallyDrop;
 use core::sync::atomic::{AtomicPtr, Ordering};
 
 use kernel::prelude::*;
@@ -12,7 +11,7 @@ use kernel::prelude::*;
 use super::partition::Partition;
 use super::vp::{quad, word, Message, Vp, PAYLOAD};
 use crate::abi::hypercall::{PortSet, PortWrite};
-use crate::sys::{self, EventFd, IrqsOff};
+use crate::sys::{self, EventAlias, EventFd, IrqsOff};
 use crate::x86::access::{decode, Access, Mode, Operation, Source};
 
 /// Doorbells of one partition: nobody needs more.
@@ -110,10 +109,11 @@ impl Doorbells {
 }
 
 /// A doorbell that has its port for itself: what a dispatch says of writes that ring it.
+#[repr(align(32))]
 struct QuickBell {
     mask: u64,
     value: u64,
-    event: Option<ManuallyDrop<EventFd>>,
+    event: EventAlias,
 }
 
 impl QuickBell {
@@ -121,7 +121,7 @@ impl QuickBell {
     const NONE: Self = Self {
         mask: 0,
         value: 1,
-        event: None,
+        event: EventAlias::NONE,
     };
 
     /// `None` for those that need more than a comparison.
@@ -141,12 +141,10 @@ impl QuickBell {
             (size @ (1 | 2 | 4), None) => (no_length, write(size as u8, 0)),
             _ => return None,
         };
-        // SAFETY: no table with it is in use any more when the doorbell is dropped (`Partition::change_doorbells`).
-        let event = unsafe { bell.event.alias() };
         Some(Self {
             mask,
             value,
-            event: Some(event),
+            event: bell.event.alias(),
         })
     }
 }
@@ -194,9 +192,9 @@ impl QuickBells {
         if value & bell.mask != bell.value {
             return false;
         }
-        if let Some(event) = &bell.event {
-            event.signal();
-        }
+        // SAFETY: only one of a doorbell has such a value, and none is dropped while a table with it may be in use
+        // (`Partition::change_doorbells`).
+        unsafe { bell.event.signal() };
         true
     }
 

@@ -13,7 +13,7 @@ use kernel::sync::{Arc, Mutex, SpinLock};
 use kernel::transmute::{AsBytes, FromBytes};
 use kernel::{new_mutex, new_spinlock};
 
-use super::call::{errno, rep_control, Answer};
+use super::call::{errno, rep_control, Answer, Instruction};
 use super::doorbell::{Doorbells, QuickBells};
 use super::interrupt::Interrupts;
 use super::memory::{AccessQuery, Fault, Memory, Region, Sizes};
@@ -254,6 +254,11 @@ impl Partition {
     /// What a dispatch says of the ports of the doorbells.
     pub(super) fn ports(&self) -> u64 {
         self.ports.load(Ordering::Relaxed)
+    }
+
+    /// How the image is called.
+    pub(super) fn instruction(&self) -> Instruction {
+        self.winhv.calls.instruction()
     }
 
     /// A fast call about a VP of the partition.

@@ -28,7 +28,7 @@ use crate::abi::partition::{
     access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
 };
 use crate::abi::partition::{property, VpRegisters};
-use crate::sys::{self, Alarm, FpuOff, IrqsOff, Pages};
+use crate::sys::{self, Alarm, FpuOff, IrqsOff, Pages, RescheduleFlag};
 
 /// Nanoseconds after which a run goes back to user space.
 const RUN_BOUND: u64 = 50_000_000;
@@ -311,7 +311,8 @@ impl Vp {
                 rung = rung || partition.ring_port_doorbell(write);
                 if rung && !sys::must_reschedule() {
                     fpu.get_or_insert_with(|| FpuOff::new(&irqs));
-                    (answer, rung) = resume(partition, at(write.length), &irqs);
+                    let second = at(write.length) | MAY_PAUSE;
+                    (answer, rung) = resume(partition, second, &irqs);
                     continue;
                 }
                 if fpu.is_some() {
@@ -567,15 +568,20 @@ impl Vp {
 /// Resumes a VP, which may pause, as long as it rings doorbells that are found at once. Whether its last write was one, too.
 #[inline(never)]
 fn resume(partition: &Partition, second: u64, irqs: &IrqsOff) -> (Answer, bool) {
-    let mut second = second | MAY_PAUSE;
+    let reschedule = RescheduleFlag::new();
+    let instruction = partition.instruction();
+    // Without the length of the instruction.
+    let rest = second & !(0xff << 32);
+    let mut second = second;
     loop {
-        let answer = partition.fast(private::RESUME_VP, second);
-        let rung = partition.quick_doorbells.ring(answer.value, irqs);
-        if !rung || sys::must_reschedule() {
-            return (answer, rung);
+        let answer = instruction.fast(private::RESUME_VP, partition.id(), second);
+        if !partition.quick_doorbells.ring(answer.value, irqs) {
+            return (answer, false);
         }
-        // The length of the instruction.
-        second = second & !(0xff << 32) | (answer.value & PortWrite::LENGTH_MASK) << 24;
+        if reschedule.is_set() {
+            return (answer, true);
+        }
+        second = rest | (answer.value & PortWrite::LENGTH_MASK) << 24;
     }
 }
 

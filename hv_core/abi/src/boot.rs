@@ -124,6 +124,8 @@ pub struct VpContext {
     pub control_spa: u64,
     /// Address of the VMCB in the image (AMD-V).
     pub control: u64,
+    /// 1 for the root's.
+    pub is_root: u64,
 }
 
 /// Descriptor-table register as LGDT and LIDT read it, padded so that the limit sits at offset 6 of an
@@ -278,5 +280,6 @@ const _: () = {
     assert!(offset_of!(CpuArea, idtr) == 0x48);
     assert!(offset_of!(CpuArea, root) == 0x58);
     assert!(offset_of!(VpContext, control_spa) == 0x80);
+    assert!(offset_of!(VpContext, is_root) == 0x90);
     assert!(size_of::<CpuArea>() <= 2 * 4096);
 };

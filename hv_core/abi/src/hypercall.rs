@@ -134,7 +134,7 @@ pub enum DispatchEvent {
 impl DispatchEvent {
     /// From RDX.
     pub const fn from_value(value: u64) -> Option<Self> {
-        Some(match value & 0xff {
+        Some(match value & 0xf {
             0 => Self::Interrupt,
             1 => Self::Intercept,
             2 => Self::Halted,
@@ -166,25 +166,25 @@ impl PortWrite {
     /// Bits of the instruction's length.
     pub const LENGTH_MASK: u64 = 0xf << 8;
     /// Bits of the size.
-    pub const SIZE_MASK: u64 = 7 << 12;
+    pub const SIZE_MASK: u64 = 7 << 4;
 
     /// RDX.
     pub const fn to_value(self) -> u64 {
         DispatchEvent::PortWrite as u64
+            | (self.size as u64 & 7) << 4
             | (self.length as u64 & 0xf) << 8
-            | (self.size as u64 & 7) << 12
             | (self.port as u64) << 16
             | (self.value as u64) << 32
     }
 
     /// From RDX, if that is the event.
     pub const fn from_value(value: u64) -> Option<Self> {
-        if value & 0xff != DispatchEvent::PortWrite as u64 {
+        if value & 0xf != DispatchEvent::PortWrite as u64 {
             return None;
         }
         Some(Self {
             port: (value >> 16) as u16,
-            size: (value >> 12 & 7) as u8,
+            size: (value >> 4 & 7) as u8,
             length: (value >> 8 & 0xf) as u8,
             value: (value >> 32) as u32,
         })

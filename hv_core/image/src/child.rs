@@ -140,8 +140,13 @@ impl<H: ChildHardware> Run<'_, H> {
     /// the run by an interrupt of the machine; the VP's timer, too: the root was told when it expires.
     #[inline(always)]
     pub fn is_quiet(&self) -> bool {
-        self.core.quiet
-            && !self.vp.posted.is_outstanding()
+        self.core.quiet && self.is_untouched()
+    }
+
+    /// Whether nothing came from outside since the last full entry.
+    #[inline(always)]
+    pub fn is_untouched(&self) -> bool {
+        !self.vp.posted.is_outstanding()
             && self.core.seen_generation == self.partition().generation.load(Ordering::Acquire)
     }
 

@@ -288,6 +288,7 @@ impl VpState {
                 gprs: [0; 16],
                 control_spa: 0,
                 control: 0,
+                is_root: 0,
             },
             rip: Self::RESET_RIP,
             rflags: 2,

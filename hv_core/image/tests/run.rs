@@ -140,6 +140,9 @@ impl ChildHardware for Fake {
     fn skip_quick(&mut self, usual: u64) {
         self.rip += usual;
     }
+    fn skip_port(&mut self) {
+        self.rip += 1;
+    }
     fn rax(&mut self, core: &mut VpCore, value: u64) {
         core.state.context.gprs[0] = value;
     }

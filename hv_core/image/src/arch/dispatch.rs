@@ -19,6 +19,8 @@ pub trait WorldSwitch {
     type Hardware: ChildHardware;
     /// CR2 and DR6 stay in the registers at an exit (VT-x). AMD-V has those of both worlds in their VMCBs (APM 15.5.1).
     const IN_REGISTERS: bool;
+    /// Accesses to ports are told from other exits first, because that is one comparison (AMD-V).
+    const PORTS_FIRST: bool;
 
     /// The structure of a VP, made usable on this CPU; `slat` is the partition's second-level table.
     fn open(
@@ -43,8 +45,8 @@ pub trait WorldSwitch {
     fn resume(area: &mut CpuArea, core: &mut VpCore);
     /// What [`Self::pause`] left.
     fn end_pause(area: &mut CpuArea, core: &mut VpCore);
-    /// Whether the root has a breakpoint armed (DR7); its control structure is current.
-    fn root_has_breakpoints(area: &CpuArea) -> bool;
+    /// Whether the root has a breakpoint armed (DR7) or makes single steps; its control structure is current.
+    fn root_is_traced(area: &CpuArea) -> bool;
     /// The root's part of [`Self::to_root`], wherever a fault stopped the switch.
     fn rescue_root(area: &mut CpuArea, core: &VpCore);
     /// Sets RAX of the root.
@@ -67,7 +69,7 @@ pub fn dispatch<W: WorldSwitch>(
     }
     let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
     // Armed breakpoints of the root must not see DR0 to DR3 of a child.
-    let may_pause = second & MAY_PAUSE != 0 && !W::root_has_breakpoints(area);
+    let may_pause = second & MAY_PAUSE != 0 && !W::root_is_traced(area);
     let hardware = W::open(area, info, &mut core, slat);
     core.state.explicit_suspend = false;
     core.state.intercept_suspend = false;
@@ -175,14 +177,42 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     // SAFETY: `dispatch` kept the ownership when it let this CPU go into the child.
     let mut core = unsafe { vp.core.resume() };
     core.exits = core.exits.wrapping_add(1);
-    let mut run = exited::<W>(area, vp, &mut core);
-    if !run.hardware.is_port() {
-        drop(run);
-        core.keep();
-        return simple_exit::<W>(area);
+    let is_port = W::PORTS_FIRST && exited::<W>(area, vp, &mut core).hardware.is_port();
+    let done = !W::PORTS_FIRST && exited::<W>(area, vp, &mut core).finish_quickly();
+    core.keep();
+    if is_port {
+        may_pause::<W>(area)
+    } else if W::PORTS_FIRST {
+        simple_exit::<W>(area)
+    } else if done {
+        context(area)
+    } else {
+        other_exit::<W>(area)
     }
-    let paused = run.pause_quickly();
-    drop(run);
+}
+
+/// An exit that is not simple, where [`WorldSwitch::PORTS_FIRST`] is false.
+#[inline(never)]
+fn other_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let mut core = unsafe { vp.core.resume() };
+    let is_port = exited::<W>(area, vp, &mut core).hardware.is_port();
+    core.keep();
+    if is_port {
+        may_pause::<W>(area)
+    } else {
+        full_exit::<W>(area)
+    }
+}
+
+/// An access to a port.
+#[inline(always)]
+fn may_pause<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+    let vp = running(area.current);
+    // SAFETY: as in `child_exit`.
+    let mut core = unsafe { vp.core.resume() };
+    let paused = exited::<W>(area, vp, &mut core).pause_quickly();
     let Some(value) = paused else {
         core.keep();
         return port_exit::<W>(area);
@@ -190,9 +220,9 @@ pub fn child_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     core.paused_with = value;
     core.keep();
     if switch::pause_has_barriers() {
-        return pause_with_barriers::<W>(area);
+        return pause_with_barriers::<W>(area, value);
     }
-    pause::<W>(area)
+    pause::<W>(area, value)
 }
 
 #[inline(never)]
@@ -209,66 +239,64 @@ fn simple_exit<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     }
 }
 
-/// The root runs next, and the VP stays on this CPU.
+/// The root runs next, with `value` in RDX, and the VP stays on this CPU.
 #[inline(always)]
-fn pause<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+fn pause<W: WorldSwitch>(area: &mut CpuArea, value: u64) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: as in `child_exit`.
     let mut core = unsafe { vp.core.resume() };
     switch::pause(area, &mut core, W::IN_REGISTERS);
     W::pause(area, &mut core);
-    let value = core.paused_with;
     core.keep();
     to_root_context::<W>(area, HvStatus::SUCCESS, value);
-    context(area)
+    &raw const area.root
 }
 
 #[inline(never)]
-fn pause_with_barriers<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
+fn pause_with_barriers<W: WorldSwitch>(area: &mut CpuArea, value: u64) -> *const VpContext {
     let vp = running(area.current);
     // SAFETY: as in `child_exit`.
     let core = unsafe { vp.core.resume() };
     switch::pause_barriers(area, &core);
     core.keep();
-    pause::<W>(area)
+    pause::<W>(area, value)
 }
 
-/// Whether the VP that is paused on this CPU can go on as it is.
+/// The VP that is paused on this CPU, if it can go on as it is.
 #[inline(always)]
-pub fn can_resume<W: WorldSwitch>(area: &CpuArea) -> bool {
+pub fn ready<W: WorldSwitch>(area: &CpuArea) -> Option<&'static Vp> {
     let vp = running(area.extended);
     // SAFETY: `child_exit` kept the ownership when it paused the VP on this CPU.
     let mut core = unsafe { vp.core.resume() };
-    let can = exited::<W>(area, vp, &mut core).is_quiet();
+    let is_ready = exited::<W>(area, vp, &mut core).is_untouched();
     core.keep();
-    can
+    is_ready.then_some(vp)
 }
 
-/// It goes on, behind an instruction of `step` bytes. Its control structure is not current yet.
+/// It goes on behind its instruction. Its control structure is not current yet.
 #[inline(always)]
-pub fn resume<W: WorldSwitch>(area: &mut CpuArea, step: u8) -> *const VpContext {
-    let vp = running(area.extended);
-    // SAFETY: as in `can_resume`.
+pub fn resume<W: WorldSwitch>(area: &mut CpuArea, vp: &'static Vp) -> *const VpContext {
+    // SAFETY: as in `ready`.
     let mut core = unsafe { vp.core.resume() };
+    let context = &raw const core.state.context;
+    // Before any register changes: see `WorldSwitch::rescue_root`.
+    area.current = context as u64;
     W::resume(area, &mut core);
-    exited::<W>(area, vp, &mut core)
-        .hardware
-        .skip_quick(step.into());
+    exited::<W>(area, vp, &mut core).hardware.skip_port();
     switch::resume(area, &core, W::IN_REGISTERS);
-    area.current = area.extended;
     core.keep();
-    context(area)
+    context
 }
 
 /// The same where barriers come first.
 #[inline(never)]
-pub fn resume_with_barriers<W: WorldSwitch>(area: &mut CpuArea, step: u8) -> *const VpContext {
+pub fn resume_with_barriers<W: WorldSwitch>(area: &mut CpuArea) -> *const VpContext {
     let vp = running(area.extended);
-    // SAFETY: as in `can_resume`.
+    // SAFETY: as in `ready`.
     let core = unsafe { vp.core.resume() };
     switch::resume_barriers(area, &core);
     core.keep();
-    resume::<W>(area, step)
+    resume::<W>(area, vp)
 }
 
 /// Brings back all that a pause left. Afterwards the VP is as if it had left with its write.

@@ -328,6 +328,8 @@ pub trait ChildHardware {
     fn is_kernel(&self) -> bool;
     /// At a quick exit: moves past the instruction, which has `usual` bytes without prefixes. No trap is due.
     fn skip_quick(&mut self, usual: u64);
+    /// At a quick access to a port: moves past the instruction. No trap is due.
+    fn skip_port(&mut self);
     /// Sets RAX.
     fn rax(&mut self, core: &mut VpCore, value: u64);
     /// Delivers an event in VMX form (SDM 26.8.3) at the entry.

@@ -344,6 +344,9 @@ pub fn registers_are_right_after_a_pause() -> Outcome {
     let info = message.to_ioport_info()?;
     let seen = (info.port_number, info.rax, info.header.rip);
     ensure!(seen == (PORT, 0x1234_5678, 0x1015), "saw {seen:x?}");
+    // SAFETY: a byte in any case; its lowest three bits are the size.
+    let size = unsafe { info.access_info.as_uint8 } & 7;
+    ensure!(size == 2, "a write of {size} bytes");
     super::ports::ensure_same(&machine)?;
     let mut list = [
         hv_register_name_HV_X64_REGISTER_XMM3,

@@ -485,6 +485,13 @@ impl ChildHardware for SvmChild<'_> {
     }
 
     #[inline(always)]
+    fn skip_port(&mut self) {
+        // The next RIP (APM 15.10.2).
+        self.vmcb.rip = self.vmcb.exit_info_2;
+        self.vmcb.interrupt_shadow = 0;
+    }
+
+    #[inline(always)]
     fn rax(&mut self, core: &mut VpCore, value: u64) {
         self.vmcb.rax = value;
         core.state.context.gprs[0] = value;

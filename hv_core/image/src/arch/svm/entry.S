@@ -9,6 +9,26 @@
 #   svm_child_exit and svm_root_exit(rdi = CpuArea) return rax = the VpContext to run.
 
 .pushsection .text.entry, "ax"
+.macro load_context_and_run
+	mov rcx, [rax + 8]
+	mov rdx, [rax + 16]
+	mov rbx, [rax + 24]
+	mov rbp, [rax + 40]
+	mov rsi, [rax + 48]
+	mov rdi, [rax + 56]
+	mov r8, [rax + 64]
+	mov r9, [rax + 72]
+	mov r10, [rax + 80]
+	mov r11, [rax + 88]
+	mov r12, [rax + 96]
+	mov r13, [rax + 104]
+	mov r14, [rax + 112]
+	mov r15, [rax + 120]
+	mov rax, [rax + 0x80]
+	vmrun rax
+	jmp 2b
+.endm
+
 .globl svm_start
 .p2align 4
 svm_start:
@@ -45,27 +65,10 @@ svm_start:
 	mov [rax + 112], r14
 	mov [rax + 120], r15
 	mov rdi, [rsp]
-	lea rcx, [rdi + 0x58]
-	cmp rax, rcx
-	je 4f
+	cmp byte ptr [rax + 0x90], 0
+	jne 4f
 	call svm_child_exit
-3:	mov rcx, [rax + 8]
-	mov rdx, [rax + 16]
-	mov rbx, [rax + 24]
-	mov rbp, [rax + 40]
-	mov rsi, [rax + 48]
-	mov rdi, [rax + 56]
-	mov r8, [rax + 64]
-	mov r9, [rax + 72]
-	mov r10, [rax + 80]
-	mov r11, [rax + 88]
-	mov r12, [rax + 96]
-	mov r13, [rax + 104]
-	mov r14, [rax + 112]
-	mov r15, [rax + 120]
-	mov rax, [rax + 0x80]
-	vmrun rax
-	jmp 2b
+3:	load_context_and_run
 4:	call svm_root_exit
-	jmp 3b
+	load_context_and_run
 .popsection

@@ -71,6 +71,7 @@ fn vmload(spa: u64) {
 impl WorldSwitch for Switch {
     type Hardware = child::SvmChild<'static>;
     const IN_REGISTERS: bool = false;
+    const PORTS_FIRST: bool = true;
 
     fn open(
         _: &mut CpuArea,
@@ -123,15 +124,14 @@ impl WorldSwitch for Switch {
 
     fn resume(area: &mut CpuArea, core: &mut VpCore) {
         Self::keep_root(area, core);
-        // Before the registers change: see `rescue_root`.
-        area.current = area.extended;
         Self::to_child(area, core);
     }
 
     fn end_pause(_: &mut CpuArea, _: &mut VpCore) {}
 
-    fn root_has_breakpoints(area: &CpuArea) -> bool {
-        vmcb_at(area.root.control).dr7 & 0xff != 0
+    fn root_is_traced(area: &CpuArea) -> bool {
+        let vmcb = vmcb_at(area.root.control);
+        vmcb.dr7 & 0xff != 0 || vmcb.rflags & rflags::TF != 0
     }
 
     fn rescue_root(area: &mut CpuArea, _: &VpCore) {
@@ -173,22 +173,15 @@ extern "C" fn svm_root_exit(area: &mut CpuArea) -> *const VpContext {
         && vmcb.cpl == 0
         && vmcb.rflags & rflags::TF == 0
         && area.root.gprs[gpr::RCX] == RESUME;
-    if !resumes || !dispatch::can_resume::<Switch>(area) {
+    let Some(vp) = resumes.then(|| dispatch::ready::<Switch>(area)).flatten() else {
         return end_pause(area);
-    }
-    vmcb.tlb_control = 0;
-    vmcb.event_injection = 0;
-    vmcb.interrupt_shadow = 0;
-    vmcb.rip = if boot().svm_next_rip != 0 {
-        vmcb.next_rip
-    } else {
-        vmcb.rip.wrapping_add(VMMCALL_LENGTH)
     };
-    let step = (area.root.gprs[gpr::R8] >> 32) as u8;
+    // The dispatch left no event, flush or shadow, and the module's call neither has prefixes nor follows STI.
+    vmcb.rip = vmcb.rip.wrapping_add(VMMCALL_LENGTH);
     if switch::resume_has_barriers() {
-        return dispatch::resume_with_barriers::<Switch>(area, step);
+        return dispatch::resume_with_barriers::<Switch>(area);
     }
-    dispatch::resume::<Switch>(area, step)
+    dispatch::resume::<Switch>(area, vp)
 }
 
 /// An exit of the root that ends a pause.

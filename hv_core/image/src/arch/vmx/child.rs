@@ -721,6 +721,11 @@ impl ChildHardware for VmxChild {
     }
 
     #[inline(always)]
+    fn skip_port(&mut self) {
+        self.skip_quick(0);
+    }
+
+    #[inline(always)]
     fn rax(&mut self, core: &mut VpCore, value: u64) {
         core.state.context.gprs[0] = value;
     }

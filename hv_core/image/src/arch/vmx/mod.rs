@@ -102,6 +102,7 @@ fn open_root(area: &mut CpuArea) {
 impl WorldSwitch for Switch {
     type Hardware = child::VmxChild;
     const IN_REGISTERS: bool = true;
+    const PORTS_FIRST: bool = false;
 
     fn open(
         area: &mut CpuArea,
@@ -147,8 +148,8 @@ impl WorldSwitch for Switch {
         Self::to_root(area, core);
     }
 
-    fn root_has_breakpoints(_: &CpuArea) -> bool {
-        read(field::GUEST_DR7) & 0xff != 0
+    fn root_is_traced(_: &CpuArea) -> bool {
+        read(field::GUEST_DR7) & 0xff != 0 || read(field::GUEST_RFLAGS) & rflags::TF != 0
     }
 
     fn rescue_root(area: &mut CpuArea, core: &VpCore) {
@@ -186,17 +187,16 @@ extern "C" fn vmx_handle_exit(area: &mut CpuArea) -> Resume {
         && read_known(field::EXIT_REASON) as u32 == reason::VMCALL
         && read_known(field::GUEST_RFLAGS) & rflags::TF == 0
         && read_known(field::GUEST_SS_RIGHTS) & 0x60 == 0;
-    if !resumes || !dispatch::can_resume::<Switch>(area) {
+    let Some(vp) = resumes.then(|| dispatch::ready::<Switch>(area)).flatten() else {
         return end_pause(area);
-    }
+    };
     // No shadow of STI or MOV SS ends here: the module's call does not follow one.
     let rip = read_known(field::GUEST_RIP);
     write(field::GUEST_RIP, rip.wrapping_add(VMCALL_LENGTH));
-    let step = (area.root.gprs[gpr::R8] >> 32) as u8;
     let context = if switch::resume_has_barriers() {
-        dispatch::resume_with_barriers::<Switch>(area, step)
+        dispatch::resume_with_barriers::<Switch>(area)
     } else {
-        dispatch::resume::<Switch>(area, step)
+        dispatch::resume::<Switch>(area, vp)
     };
     // Its VMCS was not cleared.
     Resume { context, launch: 0 }
