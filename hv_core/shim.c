@@ -636,7 +636,9 @@ void hv_sys_guest_mode_end(void)
 int hv_sys_reschedule(void);
 int hv_sys_reschedule(void)
 {
-	cond_resched();
+	/* cond_resched does nothing in a preemptible kernel, which would wait for its next interrupt. */
+	if (need_resched())
+		schedule();
 	return fatal_signal_pending(current) ? -EINTR : 0;
 }
 

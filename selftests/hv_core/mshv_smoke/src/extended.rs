@@ -5,6 +5,7 @@ use std::arch::asm;
 use std::mem;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
 
 use mshv_bindings::*;
 use mshv_smoke::machine::{ioctl, Machine};
@@ -277,6 +278,63 @@ pub fn breakpoint_survives_doorbells() -> Outcome {
     let status = wait();
     ensure!(status == 0, "status {status:#x} in the end");
     Ok(())
+}
+
+/// Each doorbell wakes a thread that takes the CPU at once. It finds the program's XCR0, not the guest's.
+pub fn waiter_runs_between_doorbells() -> Outcome {
+    const FEW: u16 = 0x200;
+    let mut code = RINGER.to_vec();
+    let count = code
+        .windows(3)
+        .position(|bytes| bytes == [0xbf, 0x00, 0x30]);
+    code[count.ok_or("no count")? + 1..][..2].copy_from_slice(&FEW.to_le_bytes());
+    let (machine, event) = ringing(&code)?;
+    // SAFETY: sets the affinity and the scheduling of the calling thread only.
+    let here = || unsafe {
+        let mut cpu: libc::cpu_set_t = mem::zeroed();
+        libc::CPU_SET(0, &mut cpu);
+        libc::sched_setaffinity(0, size_of_val(&cpu), &raw const cpu)
+    };
+    ensure!(here() == 0, "not on CPU 0");
+    let ours = xcr0();
+    let event = &event;
+    let (ready, is_ready) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(move || {
+            let first = libc::sched_param { sched_priority: 1 };
+            // SAFETY: as above.
+            if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const first) } != 0 {
+                return Err("no real-time priority".to_owned());
+            }
+            // The other thread gets this CPU only when this one waits for the event.
+            let _ = ready.send(());
+            let (mut rung, mut wakes) = (0, 0);
+            while rung < u64::from(FEW) {
+                let mut poll = libc::pollfd {
+                    fd: event.as_raw_fd(),
+                    events: libc::POLLIN,
+                    revents: 0,
+                };
+                // SAFETY: one descriptor of ours.
+                unsafe { libc::poll(&raw mut poll, 1, 30_000) };
+                if xcr0() != ours {
+                    return Err(format!("XCR0 is {:#x}", xcr0()));
+                }
+                rung += event.read().map_err(|error| error.to_string())?;
+                wakes += 1;
+            }
+            Ok(wakes)
+        });
+        // An error is the thread's, which tells it below.
+        let wrong = match is_ready.recv() {
+            Ok(()) => run_to_the_end(&machine)?,
+            Err(_) => 0,
+        };
+        ensure!(wrong == 0, "the guest's check {wrong} failed");
+        let wakes = waiter.join().map_err(|_| "thread")??;
+        ensure!(wakes > u64::from(FEW) / 2, "the thread ran {wakes} times");
+        Ok(())
+    })
 }
 
 /// A doorbell that is an interrupt of the same VP: what arrives while its write is completed is delivered next.

@@ -93,6 +93,10 @@ const CHECKS: &[Check] = &[
         extended::breakpoint_survives_doorbells,
     ),
     (
+        "waiter_runs_between_doorbells",
+        extended::waiter_runs_between_doorbells,
+    ),
+    (
         "doorbell_interrupts_its_own_vp",
         extended::doorbell_interrupts_its_own_vp,
     ),
