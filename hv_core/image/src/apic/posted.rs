@@ -131,16 +131,16 @@ impl Posted {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, raise);
     }
 
-    /// Makes the VP look what there is at its next exit.
+    /// Makes the VP look what there is at its next exit, and before it runs if the caller sees it not in use after this.
     pub fn alert(&self) {
-        self.outstanding.store(true, Ordering::Release);
+        self.outstanding.store(true, Ordering::SeqCst);
     }
 
     /// True if something has been posted since the last drain.
     #[inline]
     #[must_use]
     pub fn is_outstanding(&self) -> bool {
-        self.outstanding.load(Ordering::Acquire)
+        self.outstanding.load(Ordering::SeqCst)
     }
 
     /// Moves everything into `apic`; on the VP's own CPU only. True if something was outstanding.
