@@ -197,5 +197,5 @@ pub fn wait_for_flushes<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
 }
 
 fn is_stale(vp: &Vp) -> bool {
-    vp.stale.load(Ordering::SeqCst) && vp.core.is_taken()
+    vp.stale.load(Ordering::SeqCst) && vp.core.is_in_use()
 }

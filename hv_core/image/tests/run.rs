@@ -880,9 +880,8 @@ impl Bed {
         (other, core)
     }
 
-    /// An exit of another VP without an effect, and its entry.
-    fn pass(&self, vp: &'static Vp, core: &mut VpCore) -> Fake {
-        let mut run = Run {
+    fn run_of<'a>(&'a self, vp: &'static Vp, core: &'a mut VpCore) -> Run<'a, Fake> {
+        Run {
             info: self.root.machine.info(),
             cpu: 1,
             vp,
@@ -890,7 +889,12 @@ impl Bed {
             hardware: Fake::new(ChildExit::Nop),
             first: false,
             deliverable: 0,
-        };
+        }
+    }
+
+    /// An exit of another VP without an effect, and its entry.
+    fn pass(&self, vp: &'static Vp, core: &mut VpCore) -> Fake {
+        let mut run = self.run_of(vp, core);
         assert!(matches!(run.after_exit(), Next::Enter));
         run.hardware
     }
@@ -928,6 +932,26 @@ fn flush_of_a_vp_that_does_not_run_comes_at_its_entry() {
     assert_eq!((next, bed.rax(), fake.flushed), (None, 0, true));
     let mut core = other.core.acquire().expect("nobody has it");
     assert!(bed.pass(other, &mut core).flushed);
+}
+
+#[test]
+fn flush_does_not_wait_for_a_paused_vp_which_sees_it_before_it_runs() {
+    let mut bed = Bed::that_calls();
+    let (other, mut core) = bed.other();
+    let _ = bed.pass(other, &mut core);
+    core.put_aside();
+    put(SLOTS, [0_u64, 1, 0]);
+    let (next, _) = bed.call(FLUSH, SLOTS_GPA, 0);
+    assert_eq!((next, bed.rax()), (None, 0));
+    assert!(other.core.acquire().is_none(), "it stays its CPU's");
+    // SAFETY: this thread put it aside, and takes it up once.
+    let mut core = unsafe { other.core.take_up() };
+    assert!(!bed.run_of(other, &mut core).is_untouched());
+    assert!(bed.pass(other, &mut core).flushed);
+    assert!(bed.run_of(other, &mut core).is_untouched());
+    // In use again, it is waited for.
+    let (next, _) = bed.call(FLUSH, SLOTS_GPA, 0);
+    assert_eq!(next, Some(DispatchEvent::Signal));
 }
 
 #[test]

@@ -247,7 +247,7 @@ fn pause<W: WorldSwitch>(area: &mut CpuArea, value: u64) -> *const VpContext {
     let mut core = unsafe { vp.core.resume() };
     switch::pause(area, &mut core, W::IN_REGISTERS);
     W::pause(area, &mut core);
-    core.keep();
+    core.put_aside();
     to_root_context::<W>(area, HvStatus::SUCCESS, value);
     &raw const area.root
 }
@@ -266,8 +266,8 @@ fn pause_with_barriers<W: WorldSwitch>(area: &mut CpuArea, value: u64) -> *const
 #[inline(always)]
 pub fn ready<W: WorldSwitch>(area: &CpuArea) -> Option<&'static Vp> {
     let vp = running(area.extended);
-    // SAFETY: `child_exit` kept the ownership when it paused the VP on this CPU.
-    let mut core = unsafe { vp.core.resume() };
+    // SAFETY: `pause` kept the ownership when it paused the VP on this CPU.
+    let mut core = unsafe { vp.core.take_up() };
     let is_ready = exited::<W>(area, vp, &mut core).is_untouched();
     core.keep();
     is_ready.then_some(vp)
@@ -302,7 +302,7 @@ pub fn resume_with_barriers<W: WorldSwitch>(area: &mut CpuArea) -> *const VpCont
 /// Brings back all that a pause left. Afterwards the VP is as if it had left with its write.
 pub fn end_pause<W: WorldSwitch>(area: &mut CpuArea) {
     let vp = running(area.extended);
-    // SAFETY: as in `can_resume`.
+    // SAFETY: as in `ready`.
     let mut core = unsafe { vp.core.resume() };
     exited::<W>(area, vp, &mut core).end_pause();
     W::end_pause(area, &mut core);

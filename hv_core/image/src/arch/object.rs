@@ -7,7 +7,7 @@
 use core::cell::UnsafeCell;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicU8, Ordering};
 
 use super::memory::direct;
 use crate::child_cpuid::Overrides;
@@ -68,10 +68,17 @@ impl<T: Sync> Handle<T> {
 /// A cell that one CPU at a time owns, also across a world switch.
 pub struct Owned<T> {
     value: UnsafeCell<T>,
-    taken: AtomicBool,
+    state: AtomicU8,
 }
 
-// SAFETY: `taken` admits one CPU at a time.
+/// States of an [`Owned`]: nobody's, in use, and taken by a CPU that does something else before it goes on with it.
+mod state {
+    pub(super) const FREE: u8 = 0;
+    pub(super) const IN_USE: u8 = 1;
+    pub(super) const ASIDE: u8 = 2;
+}
+
+// SAFETY: only from `FREE` a CPU gets it, one at a time.
 unsafe impl<T: Send> Sync for Owned<T> {}
 
 impl<T> Owned<T> {
@@ -79,28 +86,44 @@ impl<T> Owned<T> {
     pub const fn new(value: T) -> Self {
         Self {
             value: UnsafeCell::new(value),
-            taken: AtomicBool::new(false),
+            state: AtomicU8::new(state::FREE),
         }
     }
 
-    /// Whether somebody has it. Whoever takes it after a `false` sees what the caller wrote before.
-    pub fn is_taken(&self) -> bool {
-        self.taken.load(Ordering::SeqCst)
+    /// Whether somebody uses it. Whoever begins to after a `false`, by [`Self::acquire`] or [`Self::take_up`], sees what the caller
+    /// wrote before, if all of it is `SeqCst`.
+    pub fn is_in_use(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == state::IN_USE
     }
 
     /// Takes the cell, unless somebody has it.
     pub fn acquire(&self) -> Option<Ownership<'_, T>> {
-        self.taken
-            .compare_exchange(false, true, Ordering::SeqCst, Ordering::Relaxed)
+        self.state
+            .compare_exchange(
+                state::FREE,
+                state::IN_USE,
+                Ordering::SeqCst,
+                Ordering::Relaxed,
+            )
             .is_ok()
             .then_some(Ownership { cell: self })
     }
 
-    /// Takes up an ownership that [`Ownership::keep`] left standing.
+    /// Takes up an ownership that [`Ownership::keep`] or [`Ownership::put_aside`] left standing, in the state in which it is.
     ///
     /// # Safety
-    /// The caller's CPU is the one that kept it, and it does so once.
+    /// The caller's CPU is the one that left it, and it does so once.
     pub unsafe fn resume(&self) -> Ownership<'_, T> {
+        Ownership { cell: self }
+    }
+
+    /// Uses the cell again after [`Ownership::put_aside`].
+    ///
+    /// # Safety
+    /// As for [`Self::resume`].
+    #[inline(always)]
+    pub unsafe fn take_up(&self) -> Ownership<'_, T> {
+        self.state.swap(state::IN_USE, Ordering::SeqCst);
         Ownership { cell: self }
     }
 }
@@ -114,6 +137,13 @@ impl<T> Ownership<'_, T> {
     /// Keeps the cell taken beyond this value's life: the CPU goes into the guest with it.
     pub fn keep(self) {
         core::mem::forget(self);
+    }
+
+    /// The same, but for [`Owned::is_in_use`] nobody uses it until [`Owned::take_up`].
+    #[inline(always)]
+    pub fn put_aside(self) {
+        self.cell.state.store(state::ASIDE, Ordering::Release);
+        self.keep();
     }
 }
 
@@ -134,7 +164,7 @@ impl<T> DerefMut for Ownership<'_, T> {
 
 impl<T> Drop for Ownership<'_, T> {
     fn drop(&mut self) {
-        self.cell.taken.store(false, Ordering::Release);
+        self.cell.state.store(state::FREE, Ordering::Release);
     }
 }
 
