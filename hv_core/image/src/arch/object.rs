@@ -106,7 +106,8 @@ impl<T> Owned<T> {
                 Ordering::Relaxed,
             )
             .is_ok()
-            .then_some(Ownership { cell: self })
+            // Not made before it is owned: its drop frees the cell.
+            .then(|| Ownership { cell: self })
     }
 
     /// Takes up an ownership that [`Ownership::keep`] or [`Ownership::put_aside`] left standing, in the state in which it is.
@@ -211,4 +212,27 @@ pub fn overrides(spa: u64) -> &'static Overrides {
 pub fn overrides_mut(spa: u64) -> &'static mut Overrides {
     // SAFETY: as for `overrides`; the owner of the VP is the only one to look at it.
     unsafe { &mut *direct(spa).cast::<Overrides>() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cell_stays_its_owners_whoever_else_wants_it() {
+        let cell = Owned::new(0);
+        let owner = cell.acquire().expect("nobody has it");
+        for _ in 0..2 {
+            assert!(cell.acquire().is_none());
+        }
+        assert!(cell.is_in_use());
+        owner.put_aside();
+        for _ in 0..2 {
+            assert!(cell.acquire().is_none());
+        }
+        assert!(!cell.is_in_use());
+        // SAFETY: put aside by this thread, and taken up once.
+        drop(unsafe { cell.take_up() });
+        assert!(cell.acquire().is_some());
+    }
 }
