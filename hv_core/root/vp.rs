@@ -340,11 +340,16 @@ impl Vp {
     }
 
     /// Makes sure that the alarm fires at the end of the run or at the VP's next timer, or before: then it is set again.
+    #[inline]
     fn set_alarm(&self, cpu: u32, bound: &mut Option<u64>, armed: &mut Armed) {
         let deadline = self.run_page().deadline.load(Ordering::Relaxed);
-        if armed.cpu == cpu && armed.deadline == deadline && !self.alarm.fired() {
-            return;
+        if armed.cpu != cpu || armed.deadline != deadline || self.alarm.fired() {
+            self.set_alarm_to(deadline, cpu, bound, armed);
         }
+    }
+
+    #[inline(never)]
+    fn set_alarm_to(&self, deadline: u64, cpu: u32, bound: &mut Option<u64>, armed: &mut Armed) {
         let rest = run_end(bound).saturating_sub(sys::time());
         // A fresh page says 0: no deadline was set yet.
         let rest = match deadline {

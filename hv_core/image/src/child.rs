@@ -751,6 +751,14 @@ impl<H: ChildHardware> Run<'_, H> {
         let Some((page, dirty)) = dirty_page(self.core) else {
             return !self.core.dirty;
         };
+        // The usual end of an access to a port.
+        if dirty == register_page::dirty::IP && self.core.in_hardware && !self.core.dirty {
+            let rip = page.rip.load(Ordering::Relaxed);
+            if self.hardware.jump_quick(self.core, rip) {
+                page.dirty.store(0, Ordering::Relaxed);
+                return true;
+            }
+        }
         if self.core.in_hardware {
             self.hardware.store_general(self.core);
         }

@@ -114,6 +114,7 @@ impl Shown {
     }
 }
 
+#[inline(always)]
 fn store<const N: usize>(to: &[AtomicU64; N], from: &[u64; N]) {
     for (to, from) in to.iter().zip(from) {
         to.store(*from, Relaxed);
@@ -132,9 +133,11 @@ pub fn fill(page: &RegisterPage, vp: &VpState, shown: &Shown, cr8: u64, xsave: &
     store(&page.gprs, &vp.context.gprs);
     page.rip.store(vp.rip, Relaxed);
     page.rflags.store(vp.rflags, Relaxed);
-    for (to, from) in page.xmm.iter().zip(&fpu::first_xmm(xsave)) {
-        store(to, from);
-    }
+    fpu::first_xmm(xsave, |index, value| {
+        if let Some(to) = page.xmm.get(index) {
+            store(to, &value);
+        }
+    });
     for (to, from) in page.segments.iter().zip(&shown.segments) {
         store(to, from);
     }

@@ -624,12 +624,19 @@ pub(crate) mod fpu {
         }
     }
 
-    /// XMM0 to XMM5 at once.
-    pub(crate) fn first_xmm(area: &Area) -> [[u64; 2]; 6] {
-        if in_use(area, SSE) {
-            core::array::from_fn(|index| pair(area, place(XMM0, index)))
-        } else {
-            [[0; 2]; 6]
+    /// Gives XMM0 to XMM5 to `to`, one after the other.
+    #[inline(always)]
+    pub(crate) fn first_xmm(area: &Area, mut to: impl FnMut(usize, [u64; 2])) {
+        let used = in_use(area, SSE);
+        for index in 0..6 {
+            to(
+                index,
+                if used {
+                    pair(area, place(XMM0, index))
+                } else {
+                    [0; 2]
+                },
+            );
         }
     }
 

@@ -58,6 +58,14 @@ pub fn handle_exit(p: &mut impl Processor, on: RootCpu<'_>) {
     }
 }
 
+/// Handles the exit of a kernel that dispatches a VP by a fast call.
+#[inline]
+pub fn handle_dispatch(p: &mut impl Processor, on: RootCpu<'_>) {
+    count(on.stats, Exit::Hypercall);
+    p.skip();
+    dispatch(p);
+}
+
 #[inline]
 fn count(stats: &StatsPage, exit: Exit) {
     use core::sync::atomic::Ordering::Relaxed;

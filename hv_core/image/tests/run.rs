@@ -17,7 +17,7 @@ use hv_image::child::{post, show, Next, Run};
 use hv_image::child_cpuid::synthetic;
 use hv_image::child_msr::Paging;
 use hv_image::partition::find;
-use hv_image::register_page::Shown;
+use hv_image::register_page::{self, RegisterPage, Shown};
 use hv_image::registers::name;
 use hv_image::vp::{Vp, VpCore};
 use proptest::prelude::*;
@@ -103,8 +103,15 @@ impl ChildHardware for Fake {
     fn load_general(&mut self, core: &VpCore) {
         self.load(core);
     }
+    fn jump_quick(&mut self, _: &VpCore, rip: u64) -> bool {
+        if !self.shadow {
+            self.rip = rip;
+        }
+        !self.shadow
+    }
     fn store_general(&self, core: &mut VpCore) {
         core.state.rip = self.rip;
+        core.state.interrupt_shadow = self.shadow;
     }
     fn shown(&self, core: &VpCore) -> Shown {
         Shown::of(&core.state)
@@ -521,6 +528,31 @@ fn quiet_vp_goes_on_without_a_whole_entry() {
     let mut run = bed.run(Fake::new(out(0x80)));
     assert!(!run.resume_quickly(2));
     assert!(!run.is_simple());
+}
+
+#[test]
+fn vp_goes_on_where_the_register_page_says() {
+    const REGISTERS: u64 = KEPT + 2 * PAGE;
+    let mut bed = Bed::new();
+    bed.core().pages[0] = REGISTERS;
+    let rip = REGISTERS + offset_of!(RegisterPage, rip) as u64;
+    let dirty = REGISTERS + offset_of!(RegisterPage, dirty) as u64;
+    for (shadow, target) in [(false, 0x2000), (true, 0x3000)] {
+        let (_, mut fake) = bed.exit(Fake::new(ChildExit::Nop));
+        fake.shadow = shadow;
+        put(rip, target);
+        put(dirty, register_page::dirty::IP);
+        let mut run = bed.run(fake);
+        run.core.left_quickly = true;
+        let goes_on = run.resume_quickly(0);
+        assert_eq!(goes_on, !shadow, "what blocks interrupts may not stay");
+        if shadow {
+            assert_eq!(run.core.state.rip, target);
+        } else {
+            assert_eq!(run.hardware.rip, target);
+        }
+        assert_eq!(get::<u32>(dirty), 0);
+    }
 }
 
 #[test]

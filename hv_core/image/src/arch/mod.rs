@@ -302,6 +302,8 @@ pub trait ChildHardware {
     fn load(&mut self, core: &VpCore);
     /// General registers, RIP and RFLAGS into the structure, where all others are up to date.
     fn load_general(&mut self, core: &VpCore);
+    /// RIP alone. False, and nothing is done, if more than that depends on it: an instruction that blocks interrupts, or an IRET.
+    fn jump_quick(&mut self, core: &VpCore, rip: u64) -> bool;
     /// Registers out of the structure.
     fn store(&mut self, core: &mut VpCore);
     /// Only those of [`Self::load_general`], and what blocks interrupts.

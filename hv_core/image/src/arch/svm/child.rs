@@ -71,12 +71,10 @@ fn from_vmcb(s: VmcbSegment) -> Segment {
 /// where the block has them in bits 11:8.
 #[inline(always)]
 fn segment_value(s: VmcbSegment) -> [u64; 2] {
-    let attributes = u64::from(s.attributes);
-    let attributes = attributes & 0xff | (attributes & 0xf00) << 4;
-    [
-        s.base,
-        u64::from(s.limit) | u64::from(s.selector) << 32 | attributes << 48,
-    ]
+    // As they lie in memory, so that it is one read.
+    let raw = u64::from(s.selector) | u64::from(s.attributes) << 16 | u64::from(s.limit) << 32;
+    let value = raw.rotate_left(32);
+    [s.base, value & !(0xff << 56) | (value & 0xf << 56) << 4]
 }
 
 /// The access of an exit for I/O (APM 15.10.2).
@@ -251,6 +249,15 @@ impl ChildHardware for SvmChild<'_> {
     }
 
     #[inline(always)]
+    fn jump_quick(&mut self, core: &VpCore, rip: u64) -> bool {
+        let alone = self.vmcb.interrupt_shadow & 1 == 0 && core.iret.is_none();
+        if alone {
+            self.vmcb.rip = rip;
+        }
+        alone
+    }
+
+    #[inline(always)]
     fn store_general(&self, core: &mut VpCore) {
         let v = &*self.vmcb;
         leave_iret(v.rip, core);
@@ -268,12 +275,19 @@ impl ChildHardware for SvmChild<'_> {
             vmsave(core.control);
         }
         let v = &*self.vmcb;
-        let mut segments = [v.es, v.cs, v.ss, v.ds, v.fs, v.gs].map(segment_value);
         // SS.DPL does not always follow the privilege level in the block.
-        let [_, _, [_, stack], ..] = &mut segments;
-        *stack = *stack & !(3 << 53) | u64::from(v.cpl & 3) << 53;
+        let [base, stack] = segment_value(v.ss);
+        let stack = stack & !(3 << 53) | u64::from(v.cpl & 3) << 53;
         Shown {
-            segments,
+            // One by one: `map` copies them twice.
+            segments: [
+                segment_value(v.es),
+                segment_value(v.cs),
+                [base, stack],
+                segment_value(v.ds),
+                segment_value(v.fs),
+                segment_value(v.gs),
+            ],
             cr0: v.cr0,
             cr3: v.cr3,
             cr4: v.cr4,

@@ -4,7 +4,7 @@
 use core::arch::{asm, global_asm};
 
 use hv_abi::boot::{BootInfo, CpuArea, TableRegister, VpContext};
-use hv_abi::hypercall::{private, Control, DispatchEvent};
+use hv_abi::hypercall::{code, private, Control, DispatchEvent};
 use hv_abi::layout::{selector, DIRECT_BASE};
 use hv_abi::status::HvStatus;
 use hv_x86::regs::{cr0, efer, msr, rflags};
@@ -26,6 +26,8 @@ const INJECT_GP: u64 = 1 << 31 | 3 << 8 | 1 << 11 | 13;
 const EFER_WRITABLE: u64 = 0x36_fd01 & !efer::SVME;
 /// Control word of the call that resumes a paused VP, and the length of its instruction.
 const RESUME: u64 = Control::simple(private::RESUME_VP, true).0;
+/// That of a dispatch.
+const DISPATCH: u64 = Control::simple(code::DISPATCH_VP, true).0;
 const VMMCALL_LENGTH: u64 = 3;
 /// TLB control: flush all of this CPU (APM 15.16.1).
 const FLUSH_ALL: u32 = 1;
@@ -166,13 +168,12 @@ extern "C" fn svm_child_exit(area: &mut CpuArea) -> *const VpContext {
 #[no_mangle]
 extern "C" fn svm_root_exit(area: &mut CpuArea) -> *const VpContext {
     if area.extended == 0 {
-        return root_exit(area);
+        return unpaused_exit(area);
     }
     let vmcb = vmcb_at(area.root.control);
-    let resumes = vmcb.exit_code == exit::VMMCALL
-        && vmcb.cpl == 0
-        && vmcb.rflags & rflags::TF == 0
-        && area.root.gprs[gpr::RCX] == RESUME;
+    // If the root began to make single steps meanwhile, it sees the next after this call.
+    let resumes =
+        vmcb.exit_code == exit::VMMCALL && vmcb.cpl == 0 && area.root.gprs[gpr::RCX] == RESUME;
     let Some(vp) = resumes.then(|| dispatch::ready::<Switch>(area)).flatten() else {
         return end_pause(area);
     };
@@ -189,6 +190,24 @@ extern "C" fn svm_root_exit(area: &mut CpuArea) -> *const VpContext {
 fn end_pause(area: &mut CpuArea) -> *const VpContext {
     dispatch::end_pause::<Switch>(area);
     root_exit(area)
+}
+
+/// An exit of the root that has nothing to do with a pause. The most frequent one goes without what the others need.
+#[inline(never)]
+fn unpaused_exit(area: &mut CpuArea) -> *const VpContext {
+    let vmcb = vmcb_at(area.root.control);
+    let dispatches =
+        vmcb.exit_code == exit::VMMCALL && vmcb.cpl == 0 && area.root.gprs[gpr::RCX] == DISPATCH;
+    if !dispatches {
+        return root_exit(area);
+    }
+    let on = cpu::root_cpu(area);
+    let mut processor = Svm::root(area);
+    processor.vmcb.tlb_control = 0;
+    processor.vmcb.event_injection = 0;
+    root::handle_dispatch(&mut processor, on);
+    processor.vmcb.rax = processor.area.root.gprs[gpr::RAX];
+    dispatch::context(area)
 }
 
 #[inline(never)]

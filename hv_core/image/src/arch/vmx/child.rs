@@ -525,6 +525,14 @@ impl ChildHardware for VmxChild {
         write(field::GUEST_PENDING_DEBUG, 0);
     }
 
+    fn jump_quick(&mut self, _: &VpCore, rip: u64) -> bool {
+        let blocks = read_known(field::GUEST_INTERRUPTIBILITY) & (BLOCKING_STI | BLOCKING_MOVSS);
+        if blocks == 0 {
+            write(field::GUEST_RIP, rip);
+        }
+        blocks == 0
+    }
+
     fn store_general(&self, core: &mut VpCore) {
         let s = &mut core.state;
         s.context.gprs[RSP] = read(field::GUEST_RSP);
