@@ -10,7 +10,7 @@ use crate::{Error, Result};
 use mshv_bindings as hv;
 use mshv_ioctls::{InterruptRequest, Mshv, MshvError, VcpuFd, VmFd};
 use std::fs::OpenOptions;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -126,7 +126,10 @@ impl Partition {
             .vm
             .create_vcpu(index)
             .map_err(|e| Error::hypervisor(format!("create VP {index}"), e))?;
-        Ok(MshvVp { fd })
+        Ok(MshvVp {
+            fd,
+            message: hv::hv_message::default(),
+        })
     }
 
     /// The partition's descriptor, for what only some users of a partition need.
@@ -182,7 +185,12 @@ impl InterruptSink for Interrupts {
 /// A VP of the real hypervisor.
 pub struct MshvVp {
     fd: VcpuFd,
+    /// The last one.
+    message: hv::hv_message,
 }
+
+/// `MSHV_RUN_VP`: `_IOR(0xb8, 0, struct mshv_run_vp)`.
+const RUN_VP: libc::Ioctl = 0x8100_b800_u32 as libc::Ioctl;
 
 /// Dirty groups of the register page: general registers, RIP, RFLAGS.
 const DIRTY_GENERAL: u32 = 1 << 0;
@@ -193,6 +201,22 @@ const DIRTY_RFLAGS: u32 = 1 << 4;
 const SLOT_RIP: usize = 16;
 
 impl MshvVp {
+    /// Runs the VP. Its message, or nothing if a signal came or the kernel let go of it.
+    #[inline]
+    pub fn run_to_message(&mut self) -> VpResult<Option<&hv::hv_message>> {
+        // The crate's function copies the message twice.
+        // SAFETY: a VP's descriptor, and a whole message for the kernel to write.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), RUN_VP, &raw mut self.message) };
+        if result == 0 {
+            return Ok(Some(&self.message));
+        }
+        let error = std::io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR | libc::EAGAIN) => Ok(None),
+            _ => Err(format!("running the VP failed: {error}")),
+        }
+    }
+
     /// The register page, if there is one and it is valid now.
     fn page(&self) -> Option<*mut hv::hv_vp_register_page> {
         let page = self.fd.get_vp_reg_page()?.0;
@@ -218,13 +242,11 @@ impl MshvVp {
         let Some(page) = self.page() else {
             return false;
         };
-        if !values.iter().all(|(reg, _)| reg.page_slot().is_some()) {
-            return false;
-        }
         let mut dirty = 0;
         for (reg, value) in values {
+            // What was written before counts only with its dirty bit.
             let Some(slot) = reg.page_slot() else {
-                continue;
+                return false;
             };
             // SAFETY: see `page`; the slot is aligned and inside the page.
             unsafe { Self::slot(page, slot).write_volatile(value.word()) };
@@ -270,11 +292,10 @@ impl MshvVp {
 
 impl Vp for MshvVp {
     fn run(&mut self) -> VpResult<Run> {
-        match self.fd.run() {
-            Ok(message) => Ok(Run::Intercept(Intercept::from(&message))),
-            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Ok(Run::Interrupted),
-            Err(e) => Err(format!("running the VP failed: {e}")),
-        }
+        Ok(match self.run_to_message()? {
+            Some(message) => Run::Intercept(Intercept::from(message)),
+            None => Run::Interrupted,
+        })
     }
 
     fn get(&mut self, names: &[Reg]) -> VpResult<Vec<u64>> {

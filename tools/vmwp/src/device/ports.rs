@@ -87,14 +87,16 @@ impl<W: Write> PortBus<W> {
         if is_pci_config(port, size) {
             return None;
         }
-        value
-            .to_le_bytes()
-            .iter()
-            .take(size.min(4).into())
-            .enumerate()
-            .fold(None, |event, (i, byte)| {
-                event.or(self.write_byte(port.wrapping_add(i as u16), *byte))
-            })
+        // Nearly all are.
+        if size == 1 {
+            return self.write_byte(port, value as u8);
+        }
+        let mut event = None;
+        for i in 0..size.min(4) {
+            let byte = (value >> (8 * i)) as u8;
+            event = event.or(self.write_byte(port.wrapping_add(i.into()), byte));
+        }
+        event
     }
 
     /// Feeds input to the UART; returns how many bytes it took.

@@ -22,6 +22,7 @@ pub enum Step {
 }
 
 /// The kind under which an intercept is counted.
+#[inline]
 pub fn kind(intercept: &Intercept) -> Kind {
     match intercept {
         Intercept::Port(_) => Kind::Port,

@@ -12,6 +12,7 @@ pub const MESSAGE_SIZE: usize = 256;
 pub const INSTRUCTION_BYTES: usize = 16;
 
 const PAYLOAD: usize = 16;
+const PAYLOAD_SIZE: usize = MESSAGE_SIZE - PAYLOAD;
 
 /// State of the VP at the intercept, before the instruction had any effect.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,7 +85,7 @@ pub struct PortIntercept {
     pub rep: bool,
     /// RAX before the instruction.
     pub rax: u64,
-    /// Bytes at RIP, if any.
+    /// Bytes at RIP, if any. This and what follows is only read for INS and OUTS.
     pub instruction: InstructionBytes,
     /// Data segment.
     pub ds: Segment,
@@ -144,30 +145,37 @@ pub enum Intercept {
     Malformed(u32),
 }
 
-/// Little-endian fields of a payload. Reading behind the end is the only possible error.
-struct Fields<'a>(&'a [u8]);
+/// Little-endian fields of a payload. Reading behind the end is the only possible error. Most places are constants, for which
+/// inlined code has nothing to check.
+struct Fields<'a>(&'a [u8; PAYLOAD_SIZE]);
 
 impl Fields<'_> {
+    #[inline(always)]
     fn bytes<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
         self.0.get(at..at + N)?.try_into().ok()
     }
 
+    #[inline(always)]
     fn u8(&self, at: usize) -> Option<u8> {
         self.0.get(at).copied()
     }
 
+    #[inline(always)]
     fn u16(&self, at: usize) -> Option<u16> {
         self.bytes(at).map(u16::from_le_bytes)
     }
 
+    #[inline(always)]
     fn u32(&self, at: usize) -> Option<u32> {
         self.bytes(at).map(u32::from_le_bytes)
     }
 
+    #[inline(always)]
     fn u64(&self, at: usize) -> Option<u64> {
         self.bytes(at).map(u64::from_le_bytes)
     }
 
+    #[inline(always)]
     fn segment(&self, at: usize) -> Option<Segment> {
         Some(Segment {
             base: self.u64(at)?,
@@ -177,11 +185,18 @@ impl Fields<'_> {
         })
     }
 
+    #[inline(always)]
     fn instruction(&self, count: usize, at: usize) -> Option<InstructionBytes> {
-        let count = usize::from(self.u8(count)?).min(INSTRUCTION_BYTES);
-        Some(InstructionBytes::new(self.0.get(at..at + count)?))
+        Some(match self.u8(count)? {
+            0 => InstructionBytes::default(),
+            count => {
+                let count = usize::from(count).min(INSTRUCTION_BYTES);
+                InstructionBytes::new(self.0.get(at..at + count)?)
+            }
+        })
     }
 
+    #[inline(always)]
     fn header(&self) -> Option<Header> {
         const EFER_LMA: u16 = 1 << 4;
         const CS_LONG: u16 = 1 << 13;
@@ -212,19 +227,26 @@ impl Fields<'_> {
 
     fn port(&self) -> Option<PortIntercept> {
         let access = self.u8(42)?;
-        Some(PortIntercept {
+        let plain = PortIntercept {
             header: self.header()?,
             port: self.u16(40)?,
             size: access & 7,
             string: access & (1 << 3) != 0,
             rep: access & (1 << 4) != 0,
             rax: self.u64(48)?,
+            ..Default::default()
+        };
+        if !plain.string {
+            return Some(plain);
+        }
+        Some(PortIntercept {
             instruction: self.instruction(43, 56)?,
             ds: self.segment(72)?,
             es: self.segment(88)?,
             rcx: self.u64(104)?,
             rsi: self.u64(112)?,
             rdi: self.u64(120)?,
+            ..plain
         })
     }
 
@@ -244,7 +266,10 @@ impl Intercept {
     /// Reads a message.
     pub fn parse(message: &[u8; MESSAGE_SIZE]) -> Self {
         let kind = u32::from_le_bytes([message[0], message[1], message[2], message[3]]);
-        let fields = Fields(&message[PAYLOAD..]);
+        let Some(payload) = message.last_chunk() else {
+            return Intercept::Malformed(kind);
+        };
+        let fields = Fields(payload);
         let parsed = match kind {
             hv::hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT => fields.port().map(Intercept::Port),
             hv::hv_message_type_HVMSG_UNMAPPED_GPA => fields.memory(true).map(Intercept::Memory),

@@ -42,6 +42,7 @@ impl Ending {
     }
 
     /// Shall the VPs stop?
+    #[inline]
     pub fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
@@ -67,7 +68,9 @@ pub fn run<W: Write>(
     ending: &Ending,
 ) {
     while !ending.stopping() {
-        let intercept = match vp.run() {
+        // Looked at where it is, because it is long.
+        let run = vp.run();
+        let intercept = match &run {
             Ok(Run::Intercept(intercept)) => intercept,
             Ok(Run::Interrupted) => {
                 counters.add(Kind::Interrupted);
@@ -75,8 +78,8 @@ pub fn run<W: Write>(
             }
             Err(why) => return ending.finish(Outcome::error(index, why)),
         };
-        counters.add(exit::kind(&intercept));
-        match exit::complete(vp, ram, machine, &intercept) {
+        counters.add(exit::kind(intercept));
+        match exit::complete(vp, ram, machine, intercept) {
             Ok(Step::Continue) => {}
             Ok(Step::Idle) => std::thread::sleep(IDLE),
             Ok(Step::Power(PowerEvent::Off)) => return ending.finish(Outcome::PowerOff),

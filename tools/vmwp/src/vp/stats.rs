@@ -27,6 +27,7 @@ pub struct Counters([AtomicU64; 6]);
 
 impl Counters {
     /// Counts one exit.
+    #[inline]
     pub fn add(&self, kind: Kind) {
         self.0[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
