@@ -11,18 +11,19 @@ use std::process::ExitCode;
 
 use guest::{Row, CODE, EVENT_PORT, EXITS, RESULT};
 use mshv_bindings::hv_register_name_HV_REGISTER_GUEST_OS_ID as GUEST_OS_ID;
-use mshv_bindings::{mshv_user_ioeventfd, MSHV_IOEVENTFD_BIT_PIO};
+use mshv_bindings::{
+    hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT as HVMSG_X64_IO_PORT_INTERCEPT,
+    hv_x64_io_port_intercept_message as PortMessage, mshv_user_ioeventfd, MSHV_IOEVENTFD_BIT_PIO,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use vmwp::boot::regs::boot_registers;
 use vmwp::device::Machine;
-use vmwp::layout::MIB;
-use vmwp::outcome::Outcome;
-use vmwp::partition::{guest_memory, Partition};
+use vmwp::layout::{MIB, SLEEP_CONTROL_PORT};
+use vmwp::partition::{guest_memory, MshvVp, Partition};
+use vmwp::vp::message::Intercept;
 use vmwp::vp::reg::Reg;
-use vmwp::vp::runner::{self, Ending};
-use vmwp::vp::stats::Counters;
-use vmwp::vp::Vp;
+use vmwp::vp::{emulate, Vp};
 
 /// Any error.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -36,9 +37,12 @@ trait Host {
     fn run(&mut self) -> Result<()>;
 }
 
+/// As little user space as under KVM, but for the emulation of stores.
 struct Mshv {
-    vp: vmwp::partition::MshvVp,
-    partition: Partition,
+    vp: MshvVp,
+    machine: Machine<Vec<u8>>,
+    // Lives as long as the VP runs.
+    _partition: Partition,
     memory: GuestMemoryMmap,
 }
 
@@ -51,7 +55,8 @@ impl Mshv {
         ring(&partition, event)?;
         Ok(Self {
             vp,
-            partition,
+            machine: Machine::new(partition.interrupts(), Vec::new()),
+            _partition: partition,
             memory: memory.clone(),
         })
     }
@@ -81,20 +86,30 @@ fn ring(partition: &Partition, event: &EventFd) -> Result<()> {
 
 impl Host for Mshv {
     fn run(&mut self) -> Result<()> {
-        let machine = Machine::new(self.partition.interrupts(), Vec::new());
-        let ending = Ending::new()?;
         self.vp.set(&boot_registers(CODE))?;
-        runner::run(
-            &mut self.vp,
-            0,
-            &self.memory,
-            &machine,
-            &Counters::default(),
-            &ending,
-        );
-        match ending.outcome() {
-            Some(Outcome::PowerOff) => Ok(()),
-            other => Err(format!("the guest ended with {other:?}").into()),
+        loop {
+            let Some(message) = self.vp.run_to_message()? else {
+                continue;
+            };
+            if message.header.message_type != HVMSG_X64_IO_PORT_INTERCEPT {
+                match Intercept::from(message) {
+                    // KVM does in the kernel what this does.
+                    Intercept::Memory(store) => {
+                        emulate::complete(&mut self.vp, &self.memory, &self.machine.mmio, &store)?;
+                        continue;
+                    }
+                    other => return Err(format!("the guest ended with {other:?}").into()),
+                }
+            }
+            // SAFETY: the payload of such a message, in a structure without alignment; all bytes are valid.
+            let out = unsafe { &*(&raw const message.u).cast::<PortMessage>() };
+            if out.port_number == SLEEP_CONTROL_PORT {
+                return Ok(());
+            }
+            // SAFETY: the fifth byte of the payload. Its function in the structure goes through it bit by bit.
+            let length = unsafe { (&raw const message.u).cast::<u8>().add(4).read() } & 15;
+            let next = { out.header.rip } + u64::from(length);
+            self.vp.set(&[(Reg::RIP, next.into())])?;
         }
     }
 }
