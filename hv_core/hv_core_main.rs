@@ -13,6 +13,7 @@ use kernel::seq_file::SeqFile;
 #[allow(dead_code, unused_attributes, unreachable_pub)]
 #[path = "abi/src/lib.rs"]
 mod abi;
+mod api;
 mod launch;
 mod mshv;
 mod root;

@@ -38,6 +38,8 @@
 #include <hyperv/hvhdk.h>
 #include <trace/events/ipi.h>
 #include <uapi/linux/mshv.h>
+#include "include/hv_core.h"
+#include "include/uapi/linux/hv_core.h"
 
 /* Entry points of hv_core_main.rs. */
 int hv_core_cpu_online(unsigned int cpu);
@@ -368,6 +370,7 @@ static_assert(MSHV_SET_GUEST_MEMORY == 0x4020b802 && MSHV_IRQFD == 0x4010b803);
 static_assert(MSHV_IOEVENTFD == 0x4020b804 && MSHV_SET_MSI_ROUTING == 0x4008b805);
 static_assert(MSHV_GET_GPAP_ACCESS_BITMAP == 0xc020b806 && MSHV_RUN_VP == 0x8100b800);
 static_assert(MSHV_GET_VP_STATE == 0xc010b801 && MSHV_SET_VP_STATE == 0xc010b802);
+static_assert(HV_PORT_EVENTFD == 0x4010b8c0);
 static_assert(sizeof(struct mshv_create_partition_v2) == 64);
 static_assert(offsetof(struct mshv_create_partition_v2, pt_cpu_fbanks) == 24);
 static_assert(offsetof(struct mshv_create_partition_v2, pt_disabled_xsave) == 56);
@@ -835,3 +838,10 @@ bool hv_sys_irqfd_closed(const struct hv_irqfd *irqfd)
 {
 	return READ_ONCE(irqfd->closed);
 }
+
+/* ---- for other modules: api.rs ---- */
+
+EXPORT_SYMBOL_GPL(hv_port_connect);
+EXPORT_SYMBOL_GPL(hv_port_disconnect);
+EXPORT_SYMBOL_GPL(hv_port_post_message);
+EXPORT_SYMBOL_GPL(hv_port_signal_event);

@@ -8,7 +8,7 @@ use kernel::uaccess::{UserPtr, UserSlice};
 use super::vp::VpFile;
 use super::{address, device, hvcall, read, uapi};
 use crate::root::{
-    AccessQuery, DoorbellRequest, IrqfdRequest, Partition, Region, Route, Routes, MAX_ROUTES,
+    AccessQuery, DoorbellRequest, End, IrqfdRequest, Partition, Region, Route, Routes, MAX_ROUTES,
 };
 use crate::sys::EventFd;
 
@@ -48,6 +48,7 @@ pub(super) fn ioctl(partition: &Arc<Partition>, command: u32, argument: usize) -
         uapi::IOEVENTFD => ioeventfd(partition, argument),
         uapi::SET_MSI_ROUTING => set_routes(partition, argument),
         uapi::GET_GPAP_ACCESS_BITMAP => access_bitmap(partition, argument),
+        uapi::PORT_EVENTFD => port_eventfd(partition, argument),
         uapi::CREATE_DEVICE => device::create(argument),
         uapi::ROOT_HVCALL => hvcall::on_partition(partition, argument),
         _ => Err(ENOTTY),
@@ -115,6 +116,23 @@ fn ioeventfd(partition: &Partition, argument: usize) -> Result {
     } else {
         partition.add_doorbell(bell)
     }
+}
+
+fn port_eventfd(partition: &Partition, argument: usize) -> Result {
+    const DEASSIGN: u32 = 1 << 0;
+    let request: uapi::PortEventfd = read(argument)?;
+    if request.flags & !DEASSIGN != 0 || request.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let event = EventFd::get(request.fd)?;
+    if request.flags & DEASSIGN != 0 {
+        return partition.remove_connection(
+            request.connection,
+            |end| matches!(end, End::Event(one) if **one == event),
+        );
+    }
+    let event = Arc::new(event, GFP_KERNEL_ACCOUNT)?;
+    partition.add_connection(request.connection, End::Event(event))
 }
 
 fn set_routes(partition: &Partition, argument: usize) -> Result {

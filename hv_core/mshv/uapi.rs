@@ -24,6 +24,8 @@ pub(super) const SET_MSI_ROUTING: u32 = 0x4008_b805;
 pub(super) const GET_GPAP_ACCESS_BITMAP: u32 = 0xc020_b806;
 /// `MSHV_CREATE_DEVICE`.
 pub(super) const CREATE_DEVICE: u32 = 0xc00c_b808;
+/// `HV_PORT_EVENTFD`, which is ours: see `include/uapi/linux/hv_core.h`.
+pub(super) const PORT_EVENTFD: u32 = 0x4010_b8c0;
 /// `MSHV_SET_DEVICE_ATTR`, on a device object, as are the next two.
 pub(super) const SET_DEVICE_ATTR: u32 = 0x4018_b800;
 /// `MSHV_GET_DEVICE_ATTR`.
@@ -96,6 +98,14 @@ arguments! {
         fd: i32,
         flags: u32,
         reserved: [u8; 4],
+    }
+
+    /// `hv_port_eventfd`.
+    PortEventfd, 16: {
+        connection: u32,
+        fd: i32,
+        flags: u32,
+        reserved: u32,
     }
 
     /// `mshv_user_irq_table`; the entries follow.

@@ -2,7 +2,7 @@
 //! The root's side of partitions (Winhv): typed hypercalls, memory for the image, partitions with their
 //! virtual processors, memory regions and interrupt sources.
 //!
-//! Locks, outermost first: list of partitions, life of a partition, VP, doorbells or interrupt sources, memory,
+//! Locks, outermost first: list of partitions, life of a partition, VP, doorbells, connections or interrupt sources, memory,
 //! pool, orphans. What interrupts touch (waking a VP, asserting an interrupt) takes none of them.
 
 mod call;
@@ -11,6 +11,7 @@ mod interrupt;
 mod memory;
 mod partition;
 mod pool;
+mod port;
 mod vp;
 
 use core::ptr;
@@ -32,6 +33,7 @@ pub(crate) use doorbell::DoorbellRequest;
 pub(crate) use interrupt::{IrqfdRequest, Route, Routes, MAX_ROUTES};
 pub(crate) use memory::{AccessQuery, Region};
 pub(crate) use partition::{Creation, Partition, Passed};
+pub(crate) use port::{End, Port, PortOps};
 pub(crate) use vp::{StateKind, Vp};
 
 /// All that the root has in common for its partitions.
@@ -137,6 +139,19 @@ impl Winhv {
             .lock()
             .push(PartitionLink(partition), GFP_KERNEL)?;
         Ok(())
+    }
+
+    /// Does `f` with the partition of that number, which does not die meanwhile; `ENOENT` if there is none.
+    fn with_partition<R>(&self, id: u64, f: impl FnOnce(&Partition) -> Result<R>) -> Result<R> {
+        let partitions = self.partitions.lock();
+        for partition in partitions.iter() {
+            // SAFETY: it is in the list, whose lock we hold.
+            let partition = unsafe { &*partition.0 };
+            if partition.id() == id {
+                return f(partition);
+            }
+        }
+        Err(ENOENT)
     }
 
     fn delist(&self, partition: &Partition) {

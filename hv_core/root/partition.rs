@@ -18,6 +18,7 @@ use super::doorbell::{Doorbells, QuickBells};
 use super::interrupt::Interrupts;
 use super::memory::{AccessQuery, Fault, Memory, Region, Sizes};
 use super::pool::Pool;
+use super::port::Connections;
 use super::vp::{property_input, Vp};
 use super::Winhv;
 use crate::abi::hypercall::{code, Control};
@@ -56,6 +57,8 @@ pub(crate) struct Partition {
     pub(super) ports: AtomicU64,
     #[pin]
     pub(super) interrupts: Mutex<Interrupts>,
+    #[pin]
+    pub(super) connections: Mutex<Connections>,
     /// Owned; each is set once.
     vps: KVec<AtomicPtr<Vp>>,
     /// One more than the highest VP number.
@@ -157,6 +160,7 @@ impl Partition {
                 quick_doorbells: QuickBells::new()?,
                 ports: AtomicU64::new(0),
                 interrupts <- new_mutex!(Interrupts::new()),
+                connections <- new_mutex!(Connections::new()),
                 vps,
                 vp_limit: AtomicU32::new(0),
                 tracks_access: AtomicBool::new(false),
@@ -456,6 +460,7 @@ impl PinnedDrop for Partition {
             vp.detach_for_good(this);
         }
         this.winhv.delist(this);
+        this.close_connections();
         if this.life.lock().initialized {
             let input = PartitionId {
                 partition_id: this.id,

@@ -22,12 +22,13 @@ use super::call::{bytes, bytes_mut, errno, variable_control, Answer};
 use super::memory::Fault;
 use super::partition::Partition;
 use crate::abi::hypercall::{
-    code, private, state_page, DispatchEvent, PortWrite, VpRunPage, MAY_PAUSE,
+    code, private, state_page, DispatchEvent, EventSignal, PortWrite, VpRunPage, MAY_PAUSE,
 };
 use crate::abi::partition::{
     access, message, vp_state, GetPartitionProperty, MapVpStatePage, VpState,
 };
 use crate::abi::partition::{property, VpRegisters};
+use crate::abi::status::HvStatus;
 use crate::sys::{self, Alarm, FpuOff, IrqsOff, Pages, RescheduleFlag};
 
 /// Nanoseconds after which a run goes back to user space.
@@ -41,6 +42,9 @@ const STATE_PAGES: usize = 16;
 
 /// One message of a VP.
 pub(crate) type Message = [u64; message::WORDS];
+
+/// A message that a VP posted: `HV_INPUT_POST_MESSAGE`.
+pub(super) type Posted = [u64; 32];
 
 /// A virtual processor. Its memory lives as long as its partition.
 #[pin_data]
@@ -228,7 +232,7 @@ impl Vp {
                     }
                 }
             }
-            let (event, left) = self.dispatch(partition, &mut bound, armed, step)?;
+            let (event, value, left) = self.dispatch(partition, &mut bound, armed, step)?;
             step = left;
             match event {
                 DispatchEvent::Halted | DispatchEvent::WaitForSipi => {
@@ -256,6 +260,14 @@ impl Vp {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
                     return Ok(Place::Page);
                 }
+                DispatchEvent::SignalEvent => {
+                    let event = EventSignal::from_value(value).ok_or(EIO)?;
+                    self.end_call(partition, partition.signalled(self.index, event))?;
+                }
+                DispatchEvent::PostMessage => {
+                    let status = partition.posted(self.index, &self.posted());
+                    self.end_call(partition, status)?;
+                }
                 DispatchEvent::Interrupt
                 | DispatchEvent::Deadline
                 | DispatchEvent::MachineCheck => {}
@@ -263,6 +275,25 @@ impl Vp {
             stopped = Some(sys::time());
             run_end(&mut bound);
         }
+    }
+
+    /// The message that the VP posted.
+    fn posted(&self) -> Posted {
+        let page = self.message.address().cast::<u64>();
+        core::array::from_fn(|index| {
+            // SAFETY: the page lives as long as `self` and is longer. User space may write to it meanwhile, so each word is read
+            // once.
+            unsafe { page.add(index).read_volatile() }
+        })
+    }
+
+    /// The hypercall with which the VP left has this status.
+    fn end_call(&self, partition: &Partition, status: HvStatus) -> Result {
+        if status.is_success() {
+            return Ok(());
+        }
+        let second = u64::from(self.index) | u64::from(status.0) << 32;
+        errno(partition.fast(private::FAIL_CALL, second).status)
     }
 
     /// Has the image fill the pages that the VMM sees.
@@ -282,7 +313,7 @@ impl Vp {
         bound: &mut Option<u64>,
         armed: &mut Armed,
         step: u8,
-    ) -> Result<(DispatchEvent, u8)> {
+    ) -> Result<(DispatchEvent, u64, u8)> {
         let at = |step: u8| u64::from(self.index) | u64::from(step) << 32 | partition.ports();
         let mut left = 0;
         let answer = loop {
@@ -336,7 +367,7 @@ impl Vp {
         self.dispatches.fetch_add(1, Ordering::Relaxed);
         errno(answer.status)?;
         let event = DispatchEvent::from_value(answer.value).ok_or(EIO)?;
-        Ok((event, left))
+        Ok((event, answer.value, left))
     }
 
     /// Makes sure that the alarm fires at the end of the run or at the VP's next timer, or before: then it is set again.

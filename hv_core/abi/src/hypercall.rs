@@ -129,6 +129,12 @@ pub enum DispatchEvent {
     MachineCheck = 7,
     /// The intercept message page holds a message for the VMM, and the register page is filled.
     Message = 8,
+    /// The VP signalled an event: see [`EventSignal`]. Its hypercall has succeeded unless the root says otherwise by
+    /// [`private::FAIL_CALL`], here and in what follows.
+    SignalEvent = 9,
+    /// The VP posted a message, which is in the intercept message page as the guest laid it out (`HV_INPUT_POST_MESSAGE`): connection,
+    /// type, size, payload.
+    PostMessage = 10,
 }
 
 impl DispatchEvent {
@@ -144,6 +150,8 @@ impl DispatchEvent {
             6 => Self::PortWrite,
             7 => Self::MachineCheck,
             8 => Self::Message,
+            9 => Self::SignalEvent,
+            10 => Self::PostMessage,
             _ => return None,
         })
     }
@@ -187,6 +195,35 @@ impl PortWrite {
             size: (value >> 4 & 7) as u8,
             length: (value >> 8 & 0xf) as u8,
             value: (value >> 32) as u32,
+        })
+    }
+}
+
+/// What RDX says besides [`DispatchEvent::SignalEvent`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EventSignal {
+    /// TLFS connection identifier, 24 bits.
+    pub connection: u32,
+    /// Number of the event flag.
+    pub flag: u16,
+}
+
+impl EventSignal {
+    /// RDX.
+    pub const fn to_value(self) -> u64 {
+        DispatchEvent::SignalEvent as u64
+            | (self.connection as u64 & 0xff_ffff) << 8
+            | (self.flag as u64) << 32
+    }
+
+    /// From RDX, if that is the event.
+    pub const fn from_value(value: u64) -> Option<Self> {
+        if value & 0xff != DispatchEvent::SignalEvent as u64 {
+            return None;
+        }
+        Some(Self {
+            connection: (value >> 8) as u32 & 0xff_ffff,
+            flag: (value >> 32) as u16,
         })
     }
 }
@@ -274,6 +311,8 @@ pub mod private {
     /// [`DispatchEvent::PortWrite`](super::DispatchEvent). Fast. The image does not do it at each message, because the root
     /// finishes many of them itself.
     pub const SHOW_REGISTERS: u16 = 0xf005;
+    /// Gives the hypercall with which a VP (partition in RDX, index in R8 bits 31:0) left the status in R8 bits 47:32. Fast.
+    pub const FAIL_CALL: u16 = 0xf007;
     /// As [`DISPATCH_VP`](super::code::DISPATCH_VP), for the VP that the last one on this CPU may have paused, whose write the root
     /// has completed: quicker if it still is. Fast.
     pub const RESUME_VP: u16 = 0xf006;

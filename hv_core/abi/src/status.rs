@@ -50,6 +50,10 @@ statuses! {
     INVALID_PARTITION_ID = 0x000d;
     /// There is no such virtual processor.
     INVALID_VP_INDEX = 0x000e;
+    /// There is no such port.
+    INVALID_PORT_ID = 0x0011;
+    /// There is no such connection.
+    INVALID_CONNECTION_ID = 0x0012;
     /// There is no room for the message.
     INSUFFICIENT_BUFFERS = 0x0013;
     /// The virtual processor is in the wrong state.

@@ -40,9 +40,6 @@ pub mod exception {
     pub const INTERCEPTED: u32 = 1 << DEBUG | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
 }
 
-/// The message page as far as it is used.
-type MessagePage = [AtomicU64; hv_abi::partition::message::WORDS];
-
 /// One VP on one CPU.
 pub struct Run<'a, H: ChildHardware> {
     /// Facts of the machine.
@@ -239,7 +236,7 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::Cpuid => emulate::cpuid(self),
             ChildExit::Hypercall => match child_hypercall::hypercall(self) {
                 Outcome::Done => {}
-                Outcome::Signal => return Next::Root(DispatchEvent::Signal),
+                Outcome::Leave(event) => return Next::Root(event),
                 Outcome::Missing(gpa) => {
                     return self.memory_message(false, gpa, false, false, None)
                 }
@@ -405,6 +402,7 @@ impl<H: ChildHardware> Run<'_, H> {
                 value: self.hardware.eax(self.core),
             }
             .to_value(),
+            _ if event == DispatchEvent::SignalEvent => self.core.event.to_value(),
             _ => event as u64,
         }
     }
@@ -814,11 +812,12 @@ fn fill_page(core: &VpCore, shown: &Shown) {
     }
 }
 
+/// Fills the first words of the message page.
 #[inline(always)]
-fn write_message(core: &VpCore, message: messages::Message) {
+pub fn write_message<const WORDS: usize>(core: &VpCore, message: [u64; WORDS]) {
     let [_, page, _] = core.pages;
     if page != 0 {
-        for (to, from) in shared::<MessagePage>(page).iter().zip(message) {
+        for (to, from) in shared::<[AtomicU64; WORDS]>(page).iter().zip(message) {
             to.store(from, Ordering::Relaxed);
         }
     }

@@ -202,6 +202,8 @@ pub mod synthetic {
     pub const FLUSHES: u64 = 1 << 25;
     /// Hypercalls that send interrupts.
     pub const CLUSTER_IPI: u64 = 1 << 26;
+    /// HvCallSignalEvent.
+    pub const SIGNAL_EVENTS: u64 = 1 << 29;
     /// All that a partition can be given.
     pub const ASSIGNABLE: u64 = HYPERVISOR_PRESENT
         | HV1
@@ -217,35 +219,41 @@ pub mod synthetic {
         | DIRECT_TIMERS
         | SPARSE_SETS
         | FLUSHES
-        | CLUSTER_IPI;
+        | CLUSTER_IPI
+        | SIGNAL_EVENTS;
 }
 
-/// Bits of leaf 4000_0003h EAX, the low half of the privilege mask.
+/// Bits of the privilege mask: leaf 4000_0003h EAX and EBX.
 pub mod privilege {
     /// HV_X64_MSR_TIME_REF_COUNT.
-    pub const TIME_REF_COUNT: u32 = 1 << 1;
+    pub const TIME_REF_COUNT: u64 = 1 << 1;
     /// HV_X64_MSR_SCONTROL and the rest of the SynIC.
-    pub const SYNIC: u32 = 1 << 2;
+    pub const SYNIC: u64 = 1 << 2;
     /// HV_X64_MSR_STIMER0_CONFIG and following.
-    pub const SYNTHETIC_TIMERS: u32 = 1 << 3;
+    pub const SYNTHETIC_TIMERS: u64 = 1 << 3;
     /// HV_X64_MSR_EOI, ICR, TPR and VP_ASSIST_PAGE.
-    pub const APIC_MSRS: u32 = 1 << 4;
+    pub const APIC_MSRS: u64 = 1 << 4;
     /// HV_X64_MSR_GUEST_OS_ID and HYPERCALL.
-    pub const HYPERCALL: u32 = 1 << 5;
+    pub const HYPERCALL: u64 = 1 << 5;
     /// HV_X64_MSR_VP_INDEX.
-    pub const VP_INDEX: u32 = 1 << 6;
+    pub const VP_INDEX: u64 = 1 << 6;
     /// HV_X64_MSR_REFERENCE_TSC.
-    pub const REFERENCE_TSC: u32 = 1 << 9;
+    pub const REFERENCE_TSC: u64 = 1 << 9;
     /// HV_X64_MSR_GUEST_IDLE.
-    pub const GUEST_IDLE: u32 = 1 << 10;
+    pub const GUEST_IDLE: u64 = 1 << 10;
     /// HV_X64_MSR_TSC_FREQUENCY and APIC_FREQUENCY.
-    pub const FREQUENCIES: u32 = 1 << 11;
+    pub const FREQUENCIES: u64 = 1 << 11;
     /// HV_X64_MSR_TSC_INVARIANT_CONTROL.
-    pub const TSC_INVARIANT: u32 = 1 << 15;
+    pub const TSC_INVARIANT: u64 = 1 << 15;
+    /// HvCallPostMessage.
+    pub const POST_MESSAGES: u64 = 1 << 36;
+    /// HvCallSignalEvent.
+    pub const SIGNAL_EVENTS: u64 = 1 << 37;
 }
 
 /// Leaf 4000_0003h EDX: frequency MSRs, crash MSRs, timers that raise interrupts.
 const FEATURE_FREQUENCIES: u32 = 1 << 8;
+const FEATURE_XMM_INPUT: u32 = 1 << 4;
 const FEATURE_CRASH: u32 = 1 << 10;
 const FEATURE_DIRECT_TIMERS: u32 = 1 << 19;
 /// Leaf 4000_0004h EAX: flushes by hypercall; EOI, ICR and TPR by MSR; no watchdog by time; no automatic EOI; interrupts by
@@ -1043,10 +1051,10 @@ fn words(text: &[u8; 12]) -> [u32; 3] {
     [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_le_bytes)
 }
 
-/// Low half of the privilege mask: what MSRs the partition has (leaf 4000_0003h EAX).
+/// The privilege mask: what MSRs and calls the partition has (leaf 4000_0003h EAX and EBX).
 #[must_use]
-pub fn privileges(features: u64, invariant_tsc: bool) -> u32 {
-    const MAP: [(u64, u32); 9] = [
+pub fn privileges(features: u64, invariant_tsc: bool) -> u64 {
+    const MAP: [(u64, u64); 11] = [
         (synthetic::GUEST_IDLE, privilege::GUEST_IDLE),
         (synthetic::REFERENCE_COUNTER, privilege::TIME_REF_COUNT),
         (synthetic::SYNIC, privilege::SYNIC),
@@ -1056,6 +1064,8 @@ pub fn privileges(features: u64, invariant_tsc: bool) -> u32 {
         (synthetic::VP_INDEX, privilege::VP_INDEX),
         (synthetic::REFERENCE_TSC, privilege::REFERENCE_TSC),
         (synthetic::FREQUENCY_MSRS, privilege::FREQUENCIES),
+        (synthetic::SYNIC, privilege::POST_MESSAGES),
+        (synthetic::SIGNAL_EVENTS, privilege::SIGNAL_EVENTS),
     ];
     if features & synthetic::HV1 == 0 {
         return 0;
@@ -1104,7 +1114,10 @@ fn hypervisor_leaf(
             if mask & privilege::SYNTHETIC_TIMERS != 0 && features & synthetic::DIRECT_TIMERS != 0 {
                 d |= FEATURE_DIRECT_TIMERS;
             }
-            [mask, 0, 0, d]
+            if mask & privilege::HYPERCALL != 0 {
+                d |= FEATURE_XMM_INPUT;
+            }
+            [mask as u32, (mask >> 32) as u32, 0, d]
         }
         0x4000_0004 => {
             let mut hints = HINT_RELAXED_TIMING | HINT_NO_AUTO_EOI;
@@ -1324,7 +1337,7 @@ pub fn get_property(
         property::PRIVILEGE_FLAGS => {
             let [.., edx] = default(0x8000_0007, 0, host, partition).value;
             let invariant = edx & extended::E7_EDX_INVARIANT_TSC != 0;
-            privileges(partition.synthetic_features, invariant).into()
+            privileges(partition.synthetic_features, invariant)
         }
         property::SYNTHETIC_PROC_FEATURES => partition.synthetic_features,
         property::TIME_FREEZE => partition.frozen_at.is_some().into(),
@@ -2008,7 +2021,7 @@ mod tests {
         );
         assert_eq!(seen(0x4000_0002, 0, &partition)[EBX], 10 << 16);
         let [a, b, _, d] = seen(0x4000_0003, 0, &partition);
-        assert_eq!((a, b, d), (0x8e7e, 0, 0x8_0500));
+        assert_eq!((a, b, d), (0x8e7e, 0x10, 0x8_0510));
         assert_eq!(seen(0x4000_0004, 0, &partition)[EAX], 0x62c);
         for leaf in [0x4000_0007, 0x4000_000a, 0x4000_0082] {
             assert_eq!(seen(leaf, 0, &partition), [0; 4]);
@@ -2024,7 +2037,6 @@ mod tests {
     fn each_privilege_needs_its_feature() {
         for (feature, bit) in [
             (3, 1),
-            (4, 2),
             (5, 3),
             (6, 4),
             (7, 5),
@@ -2032,10 +2044,13 @@ mod tests {
             (9, 9),
             (10, 10),
             (11, 11),
+            (29, 37),
         ] {
             assert_eq!(privileges(synthetic::HV1 | (1 << feature), false), 1 << bit);
             assert_eq!(privileges(1 << feature, false), 0);
         }
+        // The SynIC goes with messages.
+        assert_eq!(privileges(synthetic::HV1 | 1 << 4, false), 1 << 2 | 1 << 36);
         assert_eq!(privileges(synthetic::HV1, true), 1 << 15);
     }
 

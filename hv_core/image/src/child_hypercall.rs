@@ -3,14 +3,14 @@
 
 use core::sync::atomic::Ordering;
 
-use hv_abi::hypercall::{result, Control};
+use hv_abi::hypercall::{result, Control, DispatchEvent};
 use hv_abi::status::HvStatus;
 use hv_x86::regs::efer;
 
 use crate::apic::{DeliveryMode, Interrupt};
 use crate::arch::memory::{read_physical, Window};
 use crate::arch::{gpr, ChildHardware};
-use crate::child::{exception, post, signal, Run};
+use crate::child::{exception, post, signal, write_message, Run};
 use crate::guest_call::{self, code, Request, VpSet};
 use crate::vp::Vp;
 use crate::vp_state::{segment, VpState};
@@ -19,8 +19,8 @@ use crate::vp_state::{segment, VpState};
 pub enum Outcome {
     /// The VP goes on, perhaps with an exception.
     Done,
-    /// The root has to wake or interrupt other VPs.
-    Signal,
+    /// The root has to wake or interrupt other VPs, or to act on the call.
+    Leave(DispatchEvent),
     /// Its input is at this GPA, where nothing is mapped. It runs again when there is.
     Missing(u64),
 }
@@ -41,6 +41,8 @@ pub fn hypercall_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
         code::NOTIFY_LONG_SPIN_WAIT => HvStatus::SUCCESS,
         code::FLUSH_VIRTUAL_ADDRESS_SPACE
         | code::FLUSH_VIRTUAL_ADDRESS_LIST
+        | code::POST_MESSAGE
+        | code::SIGNAL_EVENT
         | code::SEND_SYNTHETIC_CLUSTER_IPI..=code::SEND_SYNTHETIC_CLUSTER_IPI_EX => return false,
         _ => HvStatus::INVALID_HYPERCALL_CODE,
     };
@@ -63,7 +65,7 @@ pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) -> Outcome {
         run.raise(exception::UNDEFINED, None);
         return Outcome::Done;
     }
-    let long = state.efer & efer::LMA != 0 && state.segments[segment::CS].rights & 1 << 13 != 0;
+    let long = is_long(state);
     let gprs = &state.context.gprs;
     let pair = |high: usize, low: usize| gprs[high] << 32 | gprs[low] & 0xffff_ffff;
     let (control, first, second) = if long {
@@ -76,11 +78,12 @@ pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) -> Outcome {
     let control = Control(control);
     let mut words = [0; guest_call::WORDS];
     let request = if control.is_fast() {
-        guest_call::parse(control, &[first, second], features)
+        let words = fast_input(run, control, [first, second], &mut words);
+        guest_call::parse(control, words, features)
     } else if first & 7 != 0 {
         Err(HvStatus::INVALID_ALIGNMENT)
     } else {
-        match read_input(run, first, &mut words) {
+        match read_input(run, control, first, &mut words) {
             Some(words) => guest_call::parse(control, words, features),
             // A call that needs no input has none.
             None => match guest_call::parse(control, &[], features) {
@@ -104,19 +107,62 @@ pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) -> Outcome {
     match request {
         Ok(Request::Flush(set)) => flush(run, set),
         Ok(Request::Interrupt(vector, set)) => interrupt(run, vector, set),
+        Ok(Request::PostMessage) => {
+            write_message(run.core, words);
+            Outcome::Leave(DispatchEvent::PostMessage)
+        }
+        Ok(Request::SignalEvent(event)) => {
+            run.core.event = event;
+            Outcome::Leave(DispatchEvent::SignalEvent)
+        }
         Ok(Request::LongSpinWait) | Err(_) => Outcome::Done,
     }
 }
 
-/// The first words of input, as far as they are in the page at `gpa`.
+/// Gives a VP's hypercall, which it left with, another status than success.
+pub fn fail(state: &mut VpState, status: HvStatus) {
+    let long = is_long(state);
+    let gprs = &mut state.context.gprs;
+    gprs[gpr::RAX] = result(status, 0);
+    if !long {
+        gprs[gpr::RDX] = 0;
+    }
+}
+
+fn is_long(state: &VpState) -> bool {
+    state.efer & efer::LMA != 0 && state.segments[segment::CS].rights & 1 << 13 != 0
+}
+
+/// The input of a fast call: only what does not fit into two registers is looked for in XMM registers.
+fn fast_input<'w, H: ChildHardware>(
+    run: &Run<'_, H>,
+    control: Control,
+    pair: [u64; 2],
+    words: &'w mut [u64; guest_call::WORDS],
+) -> &'w [u64] {
+    let mut count = pair.len();
+    if guest_call::input_words(control) > count {
+        count = guest_call::FAST_WORDS;
+        for (to, from) in words.iter_mut().skip(pair.len()).zip(run.hardware.xmm()) {
+            *to = from;
+        }
+    }
+    for (to, from) in words.iter_mut().zip(pair) {
+        *to = from;
+    }
+    words.get(..count).unwrap_or(&[])
+}
+
+/// The words of input that the call looks at, as far as they are in the page at `gpa`.
 fn read_input<'w, H: ChildHardware>(
     run: &Run<'_, H>,
+    control: Control,
     gpa: u64,
     words: &'w mut [u64; guest_call::WORDS],
 ) -> Option<&'w [u64]> {
     let spa = run.partition().translate(gpa, false)?;
     let in_page = (4096 - (gpa & 0xfff) as usize) / 8;
-    let count = in_page.min(words.len());
+    let count = in_page.min(guest_call::input_words(control));
     let mut bytes = [0; guest_call::WORDS * 8];
     let bytes = bytes.get_mut(..count * 8)?;
     read_physical(run.cpu, Window::Guest, spa, bytes);
@@ -142,7 +188,7 @@ fn interrupt<H: ChildHardware>(run: &mut Run<'_, H>, vector: u8, set: VpSet) -> 
         }
     }
     if signalled {
-        Outcome::Signal
+        Outcome::Leave(DispatchEvent::Signal)
     } else {
         Outcome::Done
     }
@@ -169,7 +215,7 @@ fn flush<H: ChildHardware>(run: &mut Run<'_, H>, set: VpSet) -> Outcome {
     for other in run.partition().vps().filter(|vp| waiting.has(vp.index)) {
         signal(other);
     }
-    Outcome::Signal
+    Outcome::Leave(DispatchEvent::Signal)
 }
 
 /// Whether the VPs that this one waits for have forgotten their translations, or will before they run.

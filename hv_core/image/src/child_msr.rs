@@ -135,7 +135,7 @@ impl Local<'_> {
         self.host_tsc.wrapping_add(self.vp.tsc_offset)
     }
 
-    fn has(&self, needed: u32) -> bool {
+    fn has(&self, needed: u64) -> bool {
         let features = self.partition.synthetic_features;
         privileges(features, self.vp.features.invariant_tsc) & needed != 0
     }

@@ -9,7 +9,7 @@
     clippy::unwrap_used
 )]
 
-use hv_abi::hypercall::Control;
+use hv_abi::hypercall::{Control, EventSignal};
 use hv_abi::status::HvStatus;
 
 use crate::child_cpuid::synthetic;
@@ -25,7 +25,12 @@ pub mod code {
     pub const FLUSH_VIRTUAL_ADDRESS_SPACE_EX: u16 = 0x13;
     pub const FLUSH_VIRTUAL_ADDRESS_LIST_EX: u16 = 0x14;
     pub const SEND_SYNTHETIC_CLUSTER_IPI_EX: u16 = 0x15;
+    pub const POST_MESSAGE: u16 = 0x5c;
+    pub const SIGNAL_EVENT: u16 = 0x5d;
 }
+
+/// Types of messages that only the hypervisor sends.
+const HYPERVISORS: u32 = 1 << 31;
 
 /// Flags of the flushes.
 mod flush {
@@ -35,8 +40,14 @@ mod flush {
     pub const OTHERS: u64 = 7 << 1;
 }
 
-/// Words of input that any call looks at: the longest head and the banks of a set that can name VPs.
-pub const WORDS: usize = 4 + BANKS;
+/// Words of input that any call looks at: a message with its head (`HV_INPUT_POST_MESSAGE`).
+pub const WORDS: usize = 2 + MAX_PAYLOAD / 8;
+/// Bytes of payload of a message.
+const MAX_PAYLOAD: usize = 240;
+/// Words of input that the other calls look at: the longest head and the banks of a set that can name VPs.
+const SHORT_WORDS: usize = 4 + BANKS;
+/// Words of input of a fast call: RDX, R8, XMM0 to XMM5 (TLFS 3.7.2).
+pub const FAST_WORDS: usize = 14;
 /// Words of 64 VPs.
 const BANKS: usize = MAX_VPS / 64;
 
@@ -95,6 +106,22 @@ pub enum Request {
     Flush(VpSet),
     /// Send an interrupt with this vector.
     Interrupt(u8, VpSet),
+    /// Post the message that the input is.
+    PostMessage,
+    /// Signal an event of a connection.
+    SignalEvent(EventSignal),
+}
+
+/// Words of input that the call looks at, if the guest gave them.
+#[must_use]
+pub const fn input_words(control: Control) -> usize {
+    match control.code() {
+        code::NOTIFY_LONG_SPIN_WAIT => 0,
+        code::SIGNAL_EVENT => 1,
+        code::SEND_SYNTHETIC_CLUSTER_IPI => 2,
+        code::POST_MESSAGE => WORDS,
+        _ => SHORT_WORDS,
+    }
 }
 
 /// How the parameters of a call are laid out.
@@ -108,6 +135,8 @@ enum Shape {
     Interrupt {
         sparse: bool,
     },
+    Message,
+    Event,
     Nothing,
 }
 
@@ -136,6 +165,8 @@ pub fn parse(control: Control, input: &[u64], features: u64) -> Result<Request, 
             Shape::Interrupt { sparse: true },
             synthetic::CLUSTER_IPI | synthetic::SPARSE_SETS,
         ),
+        POST_MESSAGE => (Shape::Message, synthetic::SYNIC),
+        SIGNAL_EVENT => (Shape::Event, synthetic::SIGNAL_EVENTS),
         NOTIFY_LONG_SPIN_WAIT => (Shape::Nothing, 0),
         _ => return Err(HvStatus::INVALID_HYPERCALL_CODE),
     };
@@ -186,6 +217,39 @@ pub fn parse(control: Control, input: &[u64], features: u64) -> Result<Request, 
             };
             Ok(Request::Interrupt(first as u8, set))
         }
+        Shape::Message => {
+            // Connection, and a word without meaning; type and size.
+            let (connection, about) = (next()?, next()?);
+            let (kind, size) = (about as u32, (about >> 32) as usize);
+            if size > MAX_PAYLOAD || kind == 0 || kind & HYPERVISORS != 0 {
+                return Err(HvStatus::INVALID_PARAMETER);
+            }
+            let words = input.len().saturating_sub(2);
+            if words < size.div_ceil(8) {
+                return Err(HvStatus::INVALID_HYPERCALL_INPUT);
+            }
+            check_connection(connection as u32)?;
+            Ok(Request::PostMessage)
+        }
+        Shape::Event => {
+            let word = next()?;
+            let connection = word as u32;
+            check_connection(connection)?;
+            if word >> 48 != 0 {
+                return Err(HvStatus::INVALID_PARAMETER);
+            }
+            let flag = (word >> 32) as u16;
+            Ok(Request::SignalEvent(EventSignal { connection, flag }))
+        }
+    }
+}
+
+/// An identifier has 24 bits.
+fn check_connection(connection: u32) -> Result<(), HvStatus> {
+    if connection >> 24 == 0 {
+        Ok(())
+    } else {
+        Err(HvStatus::INVALID_CONNECTION_ID)
     }
 }
 
@@ -305,6 +369,41 @@ mod tests {
     }
 
     #[test]
+    fn messages_are_measured() {
+        let message = |kind: u64, size: u64| [7, size << 32 | kind, 1, 2, 3];
+        let post = |input: &[u64]| call(POST_MESSAGE, 0, 0, input);
+        assert_eq!(post(&message(1, 24)), Ok(Request::PostMessage));
+        assert_eq!(post(&message(1, 17)[..5]), Ok(Request::PostMessage));
+        assert_eq!(post(&message(1, 0)[..2]), Ok(Request::PostMessage));
+        let short = Err(HvStatus::INVALID_HYPERCALL_INPUT);
+        assert_eq!(post(&message(1, 25)), short);
+        assert_eq!(post(&message(1, 240)), short);
+        let mut longest = [0; WORDS];
+        longest[1] = 240 << 32 | 1;
+        assert_eq!(post(&longest), Ok(Request::PostMessage));
+        let bad = Err(HvStatus::INVALID_PARAMETER);
+        for (kind, size) in [(1, 241), (1, 0xffff_ffff), (0, 8), (1 << 31, 8)] {
+            assert_eq!(post(&message(kind, size)), bad, "{kind:x} {size}");
+        }
+        let unknown = Err(HvStatus::INVALID_CONNECTION_ID);
+        assert_eq!(post(&[1 << 24, 1]), unknown);
+    }
+
+    #[test]
+    fn events_name_connection_and_flag() {
+        let signal = |word| call(SIGNAL_EVENT, 0, 0, &[word]);
+        let event = EventSignal {
+            connection: 0x12_3456,
+            flag: 0x789,
+        };
+        let expected = Ok(Request::SignalEvent(event));
+        assert_eq!(signal(0x789_0012_3456), expected);
+        assert_eq!(EventSignal::from_value(event.to_value()), Some(event));
+        assert_eq!(signal(1 << 24), Err(HvStatus::INVALID_CONNECTION_ID));
+        assert_eq!(signal(1 << 48), Err(HvStatus::INVALID_PARAMETER));
+    }
+
+    #[test]
     fn calls_that_the_partition_lacks_are_denied() {
         let denied = Err(HvStatus::ACCESS_DENIED);
         for (code, feature) in [
@@ -315,6 +414,8 @@ mod tests {
             (0x14, synthetic::SPARSE_SETS),
             (0x15, synthetic::CLUSTER_IPI),
             (0x15, synthetic::SPARSE_SETS),
+            (0x5c, synthetic::SYNIC),
+            (0x5d, synthetic::SIGNAL_EVENTS),
         ] {
             assert_eq!(parse(Control(code), &[], ALL & !feature), denied);
         }
@@ -336,7 +437,8 @@ mod tests {
         /// Whatever a guest passes gives an answer.
         #[test]
         fn any_call_has_an_answer(
-            control in any::<u64>(), code in 0..0x18_u64, input in prop::collection::vec(any::<u64>(), 0..=WORDS)
+            control in any::<u64>(), code in prop_oneof![0..0x18_u64, 0x5c..0x5e_u64],
+            input in prop::collection::vec(any::<u64>(), 0..=WORDS)
         ) {
             let _ = parse(Control(control & !0xffff | code), &input, ALL);
         }

@@ -4,7 +4,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use hv_abi::boot::BootInfo;
-use hv_abi::hypercall::PortSet;
+use hv_abi::hypercall::{EventSignal, PortSet};
 use hv_abi::layout::PAGE_SIZE;
 use hv_abi::status::HvStatus;
 use hv_x86::paging::{PageSize, Translation};
@@ -511,6 +511,7 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         iret: None,
         steps: false,
         port: None,
+        event: EventSignal::default(),
         logged: false,
         timers: Timers::RESET,
         timers_seen: 0,

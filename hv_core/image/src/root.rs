@@ -9,7 +9,7 @@ use hv_abi::stats::StatsPage;
 use hv_abi::status::HvStatus;
 use hv_x86::regs::{cpuid, cr4};
 
-use crate::arch::{gpr, Exception, Exit, Processor};
+use crate::arch::{gpr, Exception, Exit, Processor, Work};
 use crate::log;
 
 /// Facts about this CPU that exits of the root need.
@@ -121,13 +121,9 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         private::FAULT if on.allow_fault => HvStatus::INVALID_PARAMETER,
         // The state of a VP is never tied to a CPU between dispatches.
         private::DETACH_VP => HvStatus::SUCCESS,
-        private::SHOW_REGISTERS if control.is_fast() => {
-            let gprs = &p.context().gprs;
-            let (partition, index) = (gprs[gpr::RDX], gprs[gpr::R8] as u32);
-            match p.show_registers(partition, index) {
-                Ok(()) => HvStatus::SUCCESS,
-                Err(status) => status,
-            }
+        private::SHOW_REGISTERS if control.is_fast() => on_stopped_vp(p, |_| Work::Show),
+        private::FAIL_CALL if control.is_fast() => {
+            on_stopped_vp(p, |second| Work::Fail(HvStatus((second >> 32) as u16)))
         }
         _ if control.is_fast() => HvStatus::INVALID_HYPERCALL_CODE,
         _ => {
@@ -138,6 +134,16 @@ fn hypercall(p: &mut impl Processor, on: RootCpu<'_>) {
         }
     };
     set_result(p, result(status, 0));
+}
+
+/// Calls about a VP that nobody runs: partition in RDX, VP and what `work` makes of it in R8.
+fn on_stopped_vp(p: &mut impl Processor, work: impl FnOnce(u64) -> Work) -> HvStatus {
+    let gprs = &p.context().gprs;
+    let (partition, second) = (gprs[gpr::RDX], gprs[gpr::R8]);
+    match p.on_stopped_vp(partition, second as u32, work(second)) {
+        Ok(()) => HvStatus::SUCCESS,
+        Err(status) => status,
+    }
 }
 
 /// HvCallDispatchVp.
@@ -399,7 +405,7 @@ mod tests {
         ) -> Result<Option<hv_abi::hypercall::DispatchEvent>, HvStatus> {
             Err(HvStatus::INVALID_PARTITION_ID)
         }
-        fn show_registers(&mut self, _: u64, _: u32) -> Result<(), HvStatus> {
+        fn on_stopped_vp(&mut self, _: u64, _: u32, _: Work) -> Result<(), HvStatus> {
             Err(HvStatus::INVALID_PARTITION_ID)
         }
         fn fault(&mut self, _: u64) {}

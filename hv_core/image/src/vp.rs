@@ -3,7 +3,7 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64};
 
-use hv_abi::hypercall::PortSet;
+use hv_abi::hypercall::{EventSignal, PortSet};
 
 use crate::apic::{LocalApic, Posted};
 use crate::arch::memory::SpinLock;
@@ -78,6 +78,8 @@ pub struct VpCore {
     pub paused_with: u64,
     /// The access to a port with which it went to the root, until there is a message about it or it is dispatched again.
     pub port: Option<IoAccess>,
+    /// The event of a connection that it signalled last.
+    pub event: EventSignal,
     /// A line about the VP was logged: each VP gets one, so that no guest and no VMM floods the root's log.
     pub logged: bool,
     /// Synthetic timers.

@@ -7,7 +7,9 @@ use core::mem::offset_of;
 
 use common::*;
 use hv_abi::boot::Vendor;
-use hv_abi::hypercall::{code, state_page, DispatchEvent, PortSet, PortWrite, VpRunPage};
+use hv_abi::hypercall::{
+    code, state_page, DispatchEvent, EventSignal, PortSet, PortWrite, VpRunPage,
+};
 use hv_abi::partition::{message, MapVpStatePage, RegisterAssoc, SignalEventDirect, VpRegisters};
 use hv_abi::status::HvStatus;
 use hv_image::apic::{DeliveryMode, Interrupt};
@@ -15,6 +17,7 @@ use hv_image::arch::object::Ownership;
 use hv_image::arch::{ChildExit, ChildHardware, IoAccess, QuickExit};
 use hv_image::child::{post, show, Next, Run};
 use hv_image::child_cpuid::synthetic;
+use hv_image::child_hypercall::fail;
 use hv_image::child_msr::Paging;
 use hv_image::partition::find;
 use hv_image::register_page::{self, RegisterPage, Shown};
@@ -47,6 +50,7 @@ struct Fake {
     rip: u64,
     /// The last entry dropped translations.
     flushed: bool,
+    xmm: [u64; 12],
 }
 
 impl Fake {
@@ -61,6 +65,7 @@ impl Fake {
             nmi_window: false,
             rip: 0x1000,
             flushed: false,
+            xmm: [0; 12],
         }
     }
 
@@ -120,6 +125,9 @@ impl ChildHardware for Fake {
         self.store_general(core);
     }
     fn peek(&mut self, _: &mut VpCore) {}
+    fn xmm(&self) -> [u64; 12] {
+        self.xmm
+    }
     fn after_exit(&mut self, core: &mut VpCore) {
         core.requeue = (self.cut, 0);
         self.delivered = None;
@@ -1033,4 +1041,61 @@ fn idle_guest_wakes_with_interrupts_off() {
     fake.open = false;
     let (next, _) = bed.exit(fake);
     assert_eq!(next, Some(DispatchEvent::Halted));
+}
+
+const POST_MESSAGE: u64 = 0x5c;
+const SIGNAL_EVENT: u64 = 0x5d;
+
+#[test]
+fn posted_message_reaches_the_root() {
+    let mut bed = Bed::that_calls();
+    // Connection 7, type 1, 13 bytes.
+    put(SLOTS, [7_u64, 13 << 32 | 1, 0x1111, 0x2222, 0x3333]);
+    let (next, fake) = bed.call(POST_MESSAGE, SLOTS_GPA, 0);
+    let status = (next, bed.rax(), fake.rip);
+    assert_eq!(status, (Some(DispatchEvent::PostMessage), 0, 0x1001));
+    let message = get::<[u64; 5]>(MESSAGE);
+    assert_eq!(message, [7, 13 << 32 | 1, 0x1111, 0x2222, 0x3333]);
+    // It does not fit into registers.
+    let (next, _) = bed.call(POST_MESSAGE | FAST, 7, 240 << 32 | 1);
+    let status = HvStatus::INVALID_HYPERCALL_INPUT.0.into();
+    assert_eq!((next, bed.rax()), (None, status));
+}
+
+#[test]
+fn signalled_event_reaches_the_root_which_may_refuse() {
+    let mut bed = Bed::that_calls();
+    let (next, fake) = bed.call(SIGNAL_EVENT | FAST, 5 << 32 | 0x1234, 0);
+    let status = (next, bed.rax(), fake.rip);
+    assert_eq!(status, (Some(DispatchEvent::SignalEvent), 0, 0x1001));
+    let event = bed.core().event;
+    assert_eq!((event.connection, event.flag), (0x1234, 5));
+    let value = bed
+        .run(Fake::new(ChildExit::Nop))
+        .event_value(DispatchEvent::SignalEvent);
+    assert_eq!(EventSignal::from_value(value), Some(event));
+    fail(&mut bed.core().state, HvStatus::INVALID_CONNECTION_ID);
+    assert_eq!(bed.rax(), 0x12);
+    // A 32-bit caller has its result in EDX:EAX.
+    let state = &mut bed.core().state;
+    state.efer = 0;
+    state.context.gprs[2] = 99;
+    fail(state, HvStatus::INSUFFICIENT_BUFFERS);
+    assert_eq!((state.context.gprs[0], state.context.gprs[2]), (0x13, 0));
+}
+
+#[test]
+fn fast_call_goes_on_in_xmm_registers() {
+    let mut bed = Bed::that_calls();
+    let (other, mut core) = bed.other();
+    let _ = bed.pass(other, &mut core);
+    assert!(!bed.pass(other, &mut core).flushed);
+    // Address space and flags in the pair; the mask is the first word of XMM0.
+    let gprs = &mut bed.core().state.context.gprs;
+    (gprs[1], gprs[2], gprs[8]) = (FLUSH | FAST, 0, 0);
+    let mut fake = Fake::new(ChildExit::Hypercall);
+    fake.xmm = [0b10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let (next, _) = bed.exit(fake);
+    assert_eq!((next, bed.rax()), (Some(DispatchEvent::Signal), 0));
+    assert!(bed.pass(other, &mut core).flushed);
 }

@@ -6,7 +6,7 @@ use hv_abi::hypercall::{result, DispatchEvent, PortSet, MAY_PAUSE};
 use hv_abi::status::HvStatus;
 
 use super::object::{running, Ownership};
-use super::{gpr, switch, ChildHardware};
+use super::{gpr, switch, ChildHardware, Work};
 use crate::child::{Next, Run};
 use crate::header::boot;
 use crate::partition;
@@ -124,20 +124,28 @@ pub fn dispatch<W: WorldSwitch>(
     }
 }
 
-/// Fills the register page of a VP that nobody runs, and the message page if it left with a write to a port; `pull` brings its
-/// registers out of the control structure.
-pub fn show_registers(
+/// Does something with the registers of a VP that nobody runs; `pull` brings them out of the control structure.
+pub fn on_stopped_vp(
     pull: fn(u64, &mut VpCore),
     root_control: u64,
     partition_id: u64,
     index: u32,
+    work: Work,
 ) -> Result<(), HvStatus> {
     let target = partition::find(partition_id)?;
     let vp = target.vp(index)?;
     let mut core = vp.core.acquire().ok_or(HvStatus::INVALID_VP_STATE)?;
     pull(root_control, &mut core);
-    let shown = Shown::of(&core.state);
-    crate::child::show(index, &mut core, &shown);
+    match work {
+        Work::Show => {
+            let shown = Shown::of(&core.state);
+            crate::child::show(index, &mut core, &shown);
+        }
+        Work::Fail(status) => {
+            crate::child_hypercall::fail(&mut core.state, status);
+            core.dirty = true;
+        }
+    }
     Ok(())
 }
 

@@ -116,6 +116,15 @@ pub mod gpr {
     pub const R8: usize = 8;
 }
 
+/// What the root asks about a VP after a dispatch.
+#[derive(Clone, Copy)]
+pub enum Work {
+    /// Fill the register page, and the message page if it left with a write to a port.
+    Show,
+    /// Give the hypercall with which it left this status.
+    Fail(HvStatus),
+}
+
 /// The processor at a VM exit: the virtual processor that was left, and instructions to execute on its
 /// behalf.
 pub trait Processor {
@@ -167,8 +176,8 @@ pub trait Processor {
     fn call(&mut self, control: Control, input: u64, output: u64) -> u64;
     /// HvCallDispatchVp with RDX and R8: `Ok(None)` if a child runs next.
     fn dispatch(&mut self, partition: u64, vp: u64) -> Result<Option<DispatchEvent>, HvStatus>;
-    /// Fills the register page of a VP.
-    fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus>;
+    /// Does something with the registers of a VP that nobody runs.
+    fn on_stopped_vp(&mut self, partition: u64, index: u32, work: Work) -> Result<(), HvStatus>;
     /// Faults in the way `how` names (test aid).
     fn fault(&mut self, how: u64);
     /// Returns the CPU to native operation at the current instruction.
@@ -332,6 +341,10 @@ pub trait ChildHardware {
     fn skip_quick(&mut self, usual: u64);
     /// At a quick access to a port: moves past the instruction. No trap is due.
     fn skip_port(&mut self);
+    /// At an exit: XMM0 to XMM5, which are still the guest's.
+    fn xmm(&self) -> [u64; 12] {
+        switch::xmm()
+    }
     /// Sets RAX.
     fn rax(&mut self, core: &mut VpCore, value: u64);
     /// Delivers an event in VMX form (SDM 26.8.3) at the entry.

@@ -359,6 +359,25 @@ pub fn rescue_root(area: &mut CpuArea, in_registers: bool) {
     area.extended = 0;
 }
 
+/// XMM0 to XMM5: the image does not use them, so they are those of whoever ran last.
+pub fn xmm() -> [u64; 12] {
+    let mut values = [0_u64; 12];
+    // SAFETY: 6 registers of 16 bytes fill the array; Linux' CR0 and CR4, which the image keeps, let SSE be used.
+    unsafe {
+        asm!(
+            "movups [{0}], xmm0",
+            "movups [{0} + 16], xmm1",
+            "movups [{0} + 32], xmm2",
+            "movups [{0} + 48], xmm3",
+            "movups [{0} + 64], xmm4",
+            "movups [{0} + 80], xmm5",
+            in(reg) values.as_mut_ptr(),
+            options(nostack)
+        );
+    }
+    values
+}
+
 /// Host TSC.
 pub fn rdtsc() -> u64 {
     let (low, high): (u32, u32);

@@ -183,7 +183,11 @@ pub struct Machine {
 impl Machine {
     /// Makes it, with this code at its start.
     pub fn new(code: &[u8]) -> Result<Self> {
-        let vm = Mshv::new()?.create_vm()?;
+        Self::of(Mshv::new()?.create_vm()?, code)
+    }
+
+    /// Makes it of a partition that is not initialized yet.
+    pub fn of(vm: VmFd, code: &[u8]) -> Result<Self> {
         vm.initialize()?;
         let vcpu = vm.create_vcpu(0)?;
         let memory = Memory::new(0xa000)?;

@@ -188,6 +188,18 @@ const CHECKS: &[Check] = &[
         synic::vmm_hears_when_a_source_takes_messages_again,
     ),
     ("timers_expire", synic::timers_expire),
+    (
+        "event_of_a_connection_reaches_an_eventfd",
+        connections::event_of_a_connection_reaches_an_eventfd,
+    ),
+    (
+        "messages_and_events_reach_another_module",
+        connections::messages_and_events_reach_another_module,
+    ),
+    (
+        "fast_call_goes_on_in_xmm_registers",
+        connections::fast_call_goes_on_in_xmm_registers,
+    ),
     ("synic_state_moves", synic::synic_state_moves),
 ];
 
@@ -234,6 +246,7 @@ macro_rules! ensure {
 }
 
 mod apic;
+mod connections;
 mod exceptions;
 mod extended;
 mod large;

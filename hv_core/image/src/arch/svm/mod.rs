@@ -11,7 +11,7 @@ use hv_x86::regs::{cr0, efer, msr, rflags};
 use hv_x86::vmcb::{exit, Vmcb};
 
 use super::dispatch::{self, WorldSwitch};
-use super::{cpu, gpr, switch, ChildHardware, Exception, Exit, Processor};
+use super::{cpu, gpr, switch, ChildHardware, Exception, Exit, Processor, Work};
 use crate::header::boot;
 use crate::hypercall::Call;
 use crate::vp::VpCore;
@@ -411,8 +411,8 @@ impl Processor for Svm<'_> {
         dispatch::dispatch::<Switch>(self.area, partition, vp)
     }
 
-    fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus> {
-        dispatch::show_registers(pull, 0, partition, index)
+    fn on_stopped_vp(&mut self, partition: u64, index: u32, work: Work) -> Result<(), HvStatus> {
+        dispatch::on_stopped_vp(pull, 0, partition, index, work)
     }
 
     fn leave(&mut self) -> ! {

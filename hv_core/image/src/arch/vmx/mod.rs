@@ -13,7 +13,7 @@ use hv_x86::state::Segment;
 use hv_x86::vmcs::{entry_control, field, reason, ENTRY_FAILED};
 
 use super::dispatch::{self, WorldSwitch};
-use super::{cpu, gpr, switch, ChildHardware, Exception, Exit, Processor};
+use super::{cpu, gpr, switch, ChildHardware, Exception, Exit, Processor, Work};
 use crate::child::exception;
 use crate::header::boot;
 use crate::hypercall::Call;
@@ -585,8 +585,8 @@ impl Processor for Vmx<'_> {
         dispatch::dispatch::<Switch>(self.area, partition, vp)
     }
 
-    fn show_registers(&mut self, partition: u64, index: u32) -> Result<(), HvStatus> {
-        dispatch::show_registers(pull, self.area.root.control_spa, partition, index)
+    fn on_stopped_vp(&mut self, partition: u64, index: u32, work: Work) -> Result<(), HvStatus> {
+        dispatch::on_stopped_vp(pull, self.area.root.control_spa, partition, index, work)
     }
 
     fn leave(&mut self) -> ! {
