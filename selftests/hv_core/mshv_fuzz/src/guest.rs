@@ -95,7 +95,8 @@ pub fn msr(random: &mut Random) -> u32 {
 pub fn code(random: &mut Random) -> Vec<u8> {
     let mut code = Vec::new();
     while code.len() < LENGTH {
-        match random.below(8) {
+        match random.below(9) {
+            8 => code.extend(hypercall(random)),
             0 => {
                 // mov $msr, %ecx in 16-bit mode, then in all others
                 let number = msr(random).to_le_bytes();
@@ -118,6 +119,27 @@ pub fn code(random: &mut Random) -> Vec<u8> {
     }
     code.extend_from_slice(&[0xeb, 0xfe]);
     code
+}
+
+/// A hypercall, after the guest has named itself: the control word is in both registers that may hold it, the input anywhere.
+fn hypercall(random: &mut Random) -> Vec<u8> {
+    let call = random.of(&[2, 3, 8, 0xb, 0x13, 0x14, 0x15, 0x5c, 0x5d, 0x8001]);
+    let control = call | random.below(2) << 16 | random.below(3) << 17;
+    let wide: &[u8] = if random.once_in(2) { &[0x66] } else { &[] };
+    let load = |register: u8, value: u64| {
+        let immediate = (value as u32).to_le_bytes();
+        [wide, &[0xb8 + register], &immediate].concat()
+    };
+    let instruction = random.of(&[0xd9, 0xc1]);
+    [
+        load(1, 0x4000_0000),
+        vec![0x0f, 0x30], // wrmsr
+        load(0, control),
+        load(1, control),
+        load(2, random.below(0x4000) & !7),
+        vec![0x0f, 0x01, instruction],
+    ]
+    .concat()
 }
 
 /// Tables that map the lower 8 MiB to themselves in 64-bit mode, from 0x1000 to 0x3fff.

@@ -95,7 +95,7 @@ const fn kind(name: &'static str, command: u32, on: On, weight: u64) -> Kind {
 }
 
 /// All ioctls.
-pub const KINDS: [Kind; 15] = [
+pub const KINDS: [Kind; 16] = [
     kind("CREATE_PARTITION", 0x4010_b800, On::Device, 3),
     kind("INITIALIZE_PARTITION", 0xb800, On::Partition, 4),
     kind("CREATE_VP", 0x4004_b801, On::Partition, 6),
@@ -106,6 +106,7 @@ pub const KINDS: [Kind; 15] = [
     kind("GET_GPAP_ACCESS_BITMAP", 0xc020_b806, On::Partition, 4),
     kind("ROOT_HVCALL", 0xc020_b807, On::Any, 40),
     kind("CREATE_DEVICE", 0xc00c_b808, On::Partition, 2),
+    kind("PORT_EVENTFD", 0x4010_b8c0, On::Partition, 5),
     kind("SET_DEVICE_ATTR", 0x4018_b800, On::Object, 1),
     kind("HAS_DEVICE_ATTR", 0x4018_b802, On::Object, 1),
     kind("RUN_VP", 0x8100_b800, On::Vp, 12),
@@ -157,6 +158,11 @@ pub fn argument(kind: Kind, random: &mut Random, own: u64, events: [i32; 2]) -> 
                 .u32(random.below(2) | u64::from(port) << 1 | u64::from(random.once_in(4)) << 2)
                 .zeros(4)
         }
+        "PORT_EVENTFD" => new
+            .u32(random.of(&[0, 1, 2, 3, 0xff_ffff, 0x100_0000]))
+            .u32(event)
+            .u32(u64::from(random.once_in(3)))
+            .zeros(4),
         "SET_MSI_ROUTING" => {
             let count = random.below(9);
             (0..count).fold(new.u32(count).u32(0), |table, gsi| {
