@@ -332,7 +332,16 @@ impl Partition {
     /// Passes a hypercall through whose input names this partition; see [`pass`]. Takes note of what it means
     /// for the root.
     pub(crate) fn pass(&self, code: u16, reps: u16, pages: &Pages) -> Passed {
-        let passed = pass(self.winhv, &self.pool, code, reps, pages);
+        let mut passed = pass(self.winhv, &self.pool, code, reps, pages);
+        while code == code::TRANSLATE_VIRTUAL_ADDRESS && passed.result.is_ok() {
+            // SAFETY: as in `property_set`.
+            let [_, index] = unsafe { pages.address().cast::<[u64; 2]>().read() };
+            match self.vp(index as u32).map(|vp| vp.provide_missing(self)) {
+                Some(Ok(true)) => passed = pass(self.winhv, &self.pool, code, reps, pages),
+                Some(Err(error)) => passed.result = Err(error),
+                Some(Ok(false)) | None => break,
+            }
+        }
         if passed.result.is_ok() {
             match code {
                 code::SET_PARTITION_PROPERTY => self.property_set(pages),

@@ -239,6 +239,9 @@ impl Vp {
                     self.sleep(&mut bound, armed)?;
                 }
                 DispatchEvent::Signal => partition.scan_signals(),
+                DispatchEvent::Missing => {
+                    self.provide_missing(partition)?;
+                }
                 DispatchEvent::Intercept => {
                     self.intercepts.fetch_add(1, Ordering::Relaxed);
                     self.copy_message(message);
@@ -294,6 +297,25 @@ impl Vp {
         }
         let second = u64::from(self.index) | u64::from(status.0) << 32;
         errno(partition.fast(private::FAIL_CALL, second).status)
+    }
+
+    /// Gets the page of guest memory that the image asked for, or says that there is none. False if it asked for nothing:
+    /// otherwise what it was to do has to be repeated.
+    pub(super) fn provide_missing(&self, partition: &Partition) -> Result<bool> {
+        let page = self.run_page();
+        let wanted = page.missing.swap(0, Ordering::AcqRel);
+        if wanted == 0 {
+            return Ok(false);
+        }
+        let kind = if wanted & 1 != 0 {
+            access::WRITE
+        } else {
+            access::READ
+        };
+        if partition.fault(wanted >> 12, kind)? != Fault::Mapped {
+            page.refused.store(wanted, Ordering::Release);
+        }
+        Ok(true)
     }
 
     /// Has the image fill the pages that the VMM sees.
@@ -572,8 +594,13 @@ impl Vp {
         }
         let pfns = &pfns[..bounce.len()];
         let control = variable_control(code, pfns.len() as u16);
-        let answer = partition.paged(control, [bytes(&head), bytes(pfns)], &mut [])?;
-        errno(answer.status)?;
+        loop {
+            let answer = partition.paged(control, [bytes(&head), bytes(pfns)], &mut [])?;
+            errno(answer.status)?;
+            if !self.provide_missing(partition)? {
+                break;
+            }
+        }
         if !set {
             for (chunk, page) in data.chunks_mut(4096).zip(bounce.iter()) {
                 // SAFETY: as above; the image is done with the page.

@@ -135,6 +135,8 @@ pub enum DispatchEvent {
     /// The VP posted a message, which is in the intercept message page as the guest laid it out (`HV_INPUT_POST_MESSAGE`): connection,
     /// type, size, payload.
     PostMessage = 10,
+    /// The image has to reach a page of guest memory that is not mapped so: the run page says which.
+    Missing = 11,
 }
 
 impl DispatchEvent {
@@ -152,6 +154,7 @@ impl DispatchEvent {
             8 => Self::Message,
             9 => Self::SignalEvent,
             10 => Self::PostMessage,
+            11 => Self::Missing,
             _ => return None,
         })
     }
@@ -285,7 +288,13 @@ pub struct VpRunPage {
     pub deadline: core::sync::atomic::AtomicU64,
     /// Exits of this VP that the image finished, since its creation.
     pub exits: core::sync::atomic::AtomicU64,
-    rest: [u64; 509],
+    /// Page of guest memory that the image has to reach for what it was to do: bits 63:12 of its GPA, bit 1 set, bit 0 if it
+    /// writes. Set with [`DispatchEvent::Missing`], and by calls about a VP that did without the page or did nothing yet. The
+    /// root swaps it to 0, maps the page and repeats.
+    pub missing: core::sync::atomic::AtomicU64,
+    /// The same value, set by the root if it cannot: the next attempt goes on without the page.
+    pub refused: core::sync::atomic::AtomicU64,
+    rest: [u64; 507],
 }
 
 const _: () = assert!(core::mem::size_of::<VpRunPage>() == 4096);

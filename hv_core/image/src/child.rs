@@ -421,7 +421,10 @@ impl<H: ChildHardware> Run<'_, H> {
     fn port(&mut self, access: IoAccess) -> Next {
         if access.string {
             // Only this has anything in its bytes that the message does not say.
-            let bytes = emulate::instruction_bytes(self);
+            let bytes = match self.instruction_bytes(true) {
+                Ok(bytes) => bytes,
+                Err(next) => return next,
+            };
             return self.message(|run| {
                 let shown = Shown::of(&run.core.state);
                 port_message(run.vp.index, run.core, &shown, &access, bytes)
@@ -470,7 +473,11 @@ impl<H: ChildHardware> Run<'_, H> {
         gva: Option<u64>,
     ) -> Next {
         self.pull();
-        let bytes = emulate::instruction_bytes(self);
+        // After a fetch the root looks for the same page.
+        let bytes = match self.instruction_bytes(!execute) {
+            Ok(bytes) => bytes,
+            Err(next) => return next,
+        };
         self.message(|run| {
             let access = if write {
                 1
@@ -491,6 +498,48 @@ impl<H: ChildHardware> Run<'_, H> {
                 bytes.1,
             )
         })
+    }
+
+    /// The bytes of the instruction for the VMM. An error if it asks the root to map their page first; the instruction runs
+    /// again then.
+    fn instruction_bytes(&mut self, asks: bool) -> Result<([u8; 16], u8), Next> {
+        match emulate::instruction_bytes(self) {
+            (_, _, Some(gpa)) if asks && ask_for(self.core, gpa, false) => {
+                Err(Next::Root(DispatchEvent::Missing))
+            }
+            (bytes, count, _) => Ok((bytes, count)),
+        }
+    }
+
+    /// Brings to guest memory what is to be there before the VP runs.
+    #[cold]
+    fn reach_guest_memory(&mut self) -> Option<Next> {
+        while self.core.owed.is_some()
+            || self.partition().owes_reference_page.load(Ordering::Acquire)
+        {
+            if let Err(gpa) = emulate::settle(self) {
+                if ask_for(self.core, gpa, true) {
+                    return Some(Next::Root(DispatchEvent::Missing));
+                }
+                emulate::settled(self);
+            }
+        }
+        loop {
+            let awaited = self.vp.awaited.swap(0, Ordering::SeqCst);
+            let gpa = awaited & !1;
+            if awaited == 0 {
+                break;
+            } else if self.partition().translate(gpa, true).is_some() {
+                self.deliverable |= child_synic::deliver(self.cpu, self.vp, self.core);
+            } else if ask_for(self.core, gpa, true) {
+                self.vp.awaited.store(awaited, Ordering::SeqCst);
+                return Some(Next::Root(DispatchEvent::Missing));
+            }
+        }
+        match core::mem::take(&mut self.deliverable) {
+            0 => None,
+            sources => Some(self.sint_deliverable(sources)),
+        }
     }
 
     /// Leaves a message for the VMM.
@@ -550,6 +599,14 @@ impl<H: ChildHardware> Run<'_, H> {
             let sources = child_synic::deliver(self.cpu, self.vp, self.core);
             if sources != 0 {
                 return self.sint_deliverable(sources);
+            }
+        }
+        if self.core.owed.is_some()
+            || self.partition().owes_reference_page.load(Ordering::Relaxed)
+            || self.vp.awaited.load(Ordering::SeqCst) != 0
+        {
+            if let Some(next) = self.reach_guest_memory() {
+                return next;
             }
         }
         let pending = self.core.apic.pending();
@@ -798,6 +855,19 @@ pub fn absorb_page(core: &mut VpCore, page: &RegisterPage, dirty: u32) {
 fn run_page(core: &VpCore) -> Option<&'static VpRunPage> {
     let page = core.pages.get(RUN_PAGE).copied().unwrap_or(0);
     (page != 0).then(|| shared(page))
+}
+
+/// Asks the root for a page of guest memory that is not mapped so. False if the root said that there is none.
+pub fn ask_for(core: &VpCore, gpa: u64, write: bool) -> bool {
+    let wanted = gpa & !0xfff | 2 | u64::from(write);
+    let Some(page) = run_page(core) else {
+        return false;
+    };
+    let asks = page.refused.swap(0, Ordering::AcqRel) != wanted;
+    if asks {
+        page.missing.store(wanted, Ordering::Release);
+    }
+    asks
 }
 
 #[inline(always)]

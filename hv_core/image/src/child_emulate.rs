@@ -19,7 +19,7 @@ use crate::arch::memory::{read_physical, write_physical, Window};
 use crate::arch::object::{overrides, overrides_mut, page_bytes, scratch};
 use crate::arch::switch::{self, rdtsc, CHILD_XCR0};
 use crate::arch::{cpu, gpr, ChildHardware};
-use crate::child::{absorb_page, dirty_page, Run};
+use crate::child::{self, absorb_page, dirty_page, Run};
 use crate::child_cpuid::{self, CpuidResult, Features, Guest};
 use crate::child_msr::{self, Local, Paging};
 use crate::child_synic;
@@ -29,7 +29,7 @@ use crate::partition::{new_core, Partition};
 use crate::registers::{self, Registers, SetGroup};
 use crate::stimer::{self, Timers};
 use crate::translate;
-use crate::vp::{Vp, VpCore};
+use crate::vp::{Owed, Vp, VpCore};
 use crate::vp_state::{segment, Effect, HostFacts, PartitionState, VpState};
 use crate::xsave::{self, Component};
 
@@ -146,15 +146,30 @@ fn read_guest(cpu: u32, partition: &Partition, gpa: u64, to: &mut [u8]) -> Optio
     Some(())
 }
 
-/// The bytes at the VP's instruction pointer and their number.
-pub fn instruction_bytes<H: ChildHardware>(run: &mut Run<'_, H>) -> ([u8; 16], u8) {
+/// As [`read_guest`], and takes down in `missing` what is not mapped.
+fn read_or_note(
+    cpu: u32,
+    partition: &Partition,
+    missing: &mut Option<u64>,
+    gpa: u64,
+    to: &mut [u8],
+) -> Option<()> {
+    let read = read_guest(cpu, partition, gpa, to);
+    if read.is_none() {
+        *missing = Some(gpa);
+    }
+    read
+}
+
+/// The bytes at the VP's instruction pointer and their number. If that is 0, also the GPA that is not mapped.
+pub fn instruction_bytes<H: ChildHardware>(run: &mut Run<'_, H>) -> ([u8; 16], u8, Option<u64>) {
     let (cpu, partition) = (run.cpu, run.partition());
     let state = &*run.pull();
-    let mut bytes = [0; 16];
+    let (mut bytes, mut missing) = ([0; 16], None);
     let count = translate::fetch_instruction(state, &mut bytes, |gpa, to| {
-        read_guest(cpu, partition, gpa, to)
+        read_or_note(cpu, partition, &mut missing, gpa, to)
     });
-    (bytes, count)
+    (bytes, count, missing.filter(|_| count == 0))
 }
 
 /// Whether a GPA is in the page of the VP's local APIC (SDM vol 3, 12.4.1).
@@ -165,7 +180,7 @@ pub fn is_apic_page(core: &VpCore, gpa: u64) -> bool {
 /// An access to a register of the local APIC by its page: 32 bits, aligned to 16. Other reads see the bytes that they overlap, and
 /// other writes do nothing. `None` for an instruction that only a VMM can emulate; nothing was done then.
 pub fn access_apic<H: ChildHardware>(run: &mut Run<'_, H>, gpa: u64) -> Option<WriteEffect> {
-    let (bytes, count) = instruction_bytes(run);
+    let (bytes, count, _) = instruction_bytes(run);
     let mode = code_mode(&run.core.state);
     let access = decode(bytes.get(..count.into())?, mode)?;
     let now = run.now();
@@ -202,17 +217,22 @@ fn code_mode(state: &VpState) -> CodeMode {
     }
 }
 
-/// HvCallTranslateVirtualAddress: result code and page number.
+/// HvCallTranslateVirtualAddress: result code and page number. The GPA of a table that is not mapped is for the root.
 pub fn translate(
     cpu: u32,
     partition: &Partition,
-    state: &VpState,
+    core: &VpCore,
     gva_page: u64,
     flags: u64,
 ) -> (u32, u64) {
-    translate::gva_page(state, gva_page, flags, |gpa, to| {
-        read_guest(cpu, partition, gpa, to)
-    })
+    let mut missing = None;
+    let result = translate::gva_page(&core.state, gva_page, flags, |gpa, to| {
+        read_or_note(cpu, partition, &mut missing, gpa, to)
+    });
+    if let Some(gpa) = missing {
+        child::ask_for(core, gpa, false);
+    }
+    result
 }
 
 /// What the result of CPUID depends on.
@@ -392,21 +412,19 @@ pub fn write_msr<H: ChildHardware>(run: &mut Run<'_, H>) -> WriteEffect {
 }
 
 fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> WriteEffect {
-    let (info, number, partition) = (run.info, run.cpu, run.partition());
+    let (number, partition) = (run.cpu, run.partition());
     match effect {
         Effect::Apic(effect) => return effect,
         Effect::TscOffset => {
             run.pull();
             run.changed();
         }
-        Effect::HypercallPage(Some(gpa)) => {
-            let page = scratch(number);
-            child_msr::fill_hypercall_page(page, info.vendor);
-            write_guest(number, partition, gpa, page);
-        }
+        // Written before the next entry.
+        Effect::HypercallPage(Some(_)) => run.core.owed = Some(Owed::HypercallPage),
         Effect::ReferenceTscPage(Some(_)) | Effect::ReferenceTime => {
-            write_reference_page(number, partition, run.core.state.tsc_offset);
+            run.core.owed = Some(Owed::ReferencePage);
         }
+        Effect::Synic(Some(gpa)) => run.core.owed = Some(Owed::SynicPage(gpa)),
         Effect::SpeculationControl => switch::set_spec_ctrl(number, run.core),
         Effect::PredictionCommand(value) => {
             // SAFETY: the model checked the value against the processor's features; it only drops predictions.
@@ -418,13 +436,7 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
             run.log(format_args!("the guest reports a crash {crash:x?}"));
         }
         Effect::Reset => run.core.shut_down = true,
-        Effect::Synic(new) => {
-            if let Some(gpa) = new {
-                child_synic::clear(number, partition, gpa);
-            }
-            child_synic::publish(run.vp, run.core);
-            run.deliverable = child_synic::deliver(number, run.vp, run.core);
-        }
+        Effect::Synic(None) => synic_changed(run),
         Effect::Timers => child_synic::expire_timers(number, run.vp, run.core),
         Effect::HypercallPage(None)
         | Effect::ReferenceTscPage(None)
@@ -437,28 +449,71 @@ fn effect_of_msr<H: ChildHardware>(run: &mut Run<'_, H>, effect: Effect) -> Writ
     WriteEffect::None
 }
 
-/// Writes guest memory that is mapped and writable; what is not mapped is left alone.
-fn write_guest(cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) {
-    if let Some(spa) = partition.translate(gpa, true) {
-        write_physical(cpu, Window::Guest, spa, from);
+fn synic_changed<H: ChildHardware>(run: &mut Run<'_, H>) {
+    child_synic::publish(run.vp, run.core);
+    run.deliverable |= child_synic::deliver(run.cpu, run.vp, run.core);
+}
+
+/// Before an entry: writes what the VP, or else the partition, has to write to guest memory. The error is the GPA of a page that is not mapped for that.
+pub fn settle<H: ChildHardware>(run: &mut Run<'_, H>) -> Result<(), u64> {
+    let (cpu, partition) = (run.cpu, run.partition());
+    match run.core.owed {
+        Some(Owed::HypercallPage) => {
+            let msr = partition.inner.lock().state.hypercall;
+            if let Some(gpa) = child_msr::page(msr) {
+                let page = scratch(cpu);
+                child_msr::fill_hypercall_page(page, run.info.vendor);
+                write_guest(cpu, partition, gpa, page)?;
+            }
+        }
+        Some(Owed::SynicPage(gpa)) => write_guest(cpu, partition, gpa, &[0; 4096])?,
+        Some(Owed::ReferencePage) => {
+            write_reference_page(cpu, partition, run.core.state.tsc_offset)?;
+        }
+        None => {
+            let offset = partition.inner.lock().state.reference_base.wrapping_neg();
+            write_reference_page(cpu, partition, offset)?;
+        }
+    }
+    settled(run);
+    Ok(())
+}
+
+/// What was to be written is there, or there is no such page.
+pub fn settled<H: ChildHardware>(run: &mut Run<'_, H>) {
+    match run.core.owed.take() {
+        Some(Owed::SynicPage(_)) => synic_changed(run),
+        Some(Owed::HypercallPage | Owed::ReferencePage) => {}
+        None => {
+            let owes = &run.partition().owes_reference_page;
+            owes.store(false, Ordering::Release);
+        }
     }
 }
 
-fn write_reference_page(cpu: u32, partition: &Partition, tsc_offset: u64) {
+/// Writes guest memory that is mapped and writable. The error is the GPA of what is not.
+fn write_guest(cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) -> Result<(), u64> {
+    let spa = partition.translate(gpa, true).ok_or(gpa)?;
+    write_physical(cpu, Window::Guest, spa, from);
+    Ok(())
+}
+
+/// The error is as for [`write_guest`].
+fn write_reference_page(cpu: u32, partition: &Partition, tsc_offset: u64) -> Result<(), u64> {
     let mut inner = partition.inner.lock();
     let msr = inner.state.reference_tsc;
     let page = child_msr::reference_tsc_page(&mut inner.state, tsc_offset);
     drop(inner);
-    if msr & 1 == 0 {
-        return;
-    }
+    let Some(gpa) = child_msr::page(msr) else {
+        return Ok(());
+    };
     let bytes = scratch(cpu);
     bytes.fill(0);
     let words = [u64::from(page.sequence), page.scale, page.offset as u64];
     for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
         slot.copy_from_slice(&word.to_le_bytes());
     }
-    write_guest(cpu, partition, msr & !0xfff, bytes);
+    write_guest(cpu, partition, gpa, bytes)
 }
 
 /// XSETBV of a child.
@@ -583,8 +638,11 @@ impl<'a> View<'a> {
     pub fn publish(&mut self) {
         self.core.dirty = true;
         self.vp.posted.publish(self.core.apic.addressing());
-        child_synic::publish(self.vp, self.core);
-        crate::child::show_registers(self.core);
+        // A page that is not cleared yet takes nothing.
+        if !matches!(self.core.owed, Some(Owed::SynicPage(_))) {
+            child_synic::publish(self.vp, self.core);
+        }
+        child::show_registers(self.core);
     }
 
     /// CPUID as the guest would see it now.
@@ -751,18 +809,18 @@ impl<'a> View<'a> {
 /// Words of `hv_synthetic_timers_state`.
 pub const TIMER_WORDS: usize = vp_state::SYNTHETIC_TIMERS_BYTES / 8;
 
-/// A page of the SynIC, for the VMM.
-pub fn get_synic_page(cpu: u32, vp: &Vp, kind: child_synic::Kind, page: u64) {
+/// A page of the SynIC, for the VMM. The root is asked for one that is not mapped; then nothing was done.
+pub fn get_synic_page(cpu: u32, vp: &Vp, core: &VpCore, kind: child_synic::Kind, page: u64) {
     let bytes = scratch(cpu);
-    child_synic::get_page(cpu, vp, kind, bytes);
+    child_synic::get_page(cpu, vp, core, kind, bytes);
     write_physical(cpu, Window::Output, page, bytes);
 }
 
 /// Loads it.
-pub fn set_synic_page(cpu: u32, vp: &Vp, kind: child_synic::Kind, page: u64) {
+pub fn set_synic_page(cpu: u32, vp: &Vp, core: &VpCore, kind: child_synic::Kind, page: u64) {
     let bytes = scratch(cpu);
     read_physical(cpu, Window::Output, page, bytes);
-    child_synic::set_page(cpu, vp, kind, bytes);
+    child_synic::set_page(cpu, vp, core, kind, bytes);
 }
 
 /// GET_PARTITION_PROPERTY of the root: what the processor has.
@@ -788,8 +846,8 @@ pub fn set_property(
     let offset = inner.state.reference_base.wrapping_neg();
     partition.changes.fetch_add(1, Ordering::Release);
     drop(inner);
-    if effect == Effect::ReferenceTime {
-        write_reference_page(cpu, partition, offset);
+    if effect == Effect::ReferenceTime && write_reference_page(cpu, partition, offset).is_err() {
+        partition.owes_reference_page.store(true, Ordering::Release);
     }
     Ok(())
 }

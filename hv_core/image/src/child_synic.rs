@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering;
 use hv_abi::status::HvStatus;
 
 use crate::apic::{DeliveryMode, Interrupt, LocalApic};
-use crate::arch::memory::{with_guest_page, write_physical, Window};
+use crate::arch::memory::with_guest_page;
 use crate::arch::object::shared;
 use crate::arch::switch::rdtsc;
 use crate::child;
@@ -33,15 +33,29 @@ fn held_flags(vp: &Vp) -> &'static Page {
 }
 
 /// Runs `f` on the guest's page at that GPA, if the guest gave one that can be written. The partition's lock keeps the page there.
+/// For one that is not mapped for that, the VP asks before its next entry, and [`deliver`] comes again.
 fn with_page<R>(
     cpu: u32,
     inner: &Inner,
+    vp: &Vp,
     gpa: Option<u64>,
     f: impl FnOnce(Option<&Page>) -> R,
 ) -> R {
-    match gpa.and_then(|gpa| inner.translate(gpa, true)) {
+    let Some(gpa) = gpa else { return f(None) };
+    match inner.translate(gpa, true) {
         Some(spa) => with_guest_page(cpu, spa, |page| f(Some(page))),
-        None => f(None),
+        None => {
+            vp.awaited.store(gpa | 1, Ordering::SeqCst);
+            vp.posted.alert();
+            f(None)
+        }
+    }
+}
+
+/// Has the VP dispatched if it has to ask for a page, after another CPU had something for it.
+fn wake_if_awaited(vp: &Vp) {
+    if vp.awaited.load(Ordering::SeqCst) != 0 {
+        child::signal(vp);
     }
 }
 
@@ -60,9 +74,11 @@ pub fn post_message(
     let inner = partition.inner.lock();
     let mut synic = vp.synic.lock();
     let gpa = synic.registers().message_page();
-    let delivered = with_page(cpu, &inner, gpa, |page| {
+    let delivered = with_page(cpu, &inner, vp, gpa, |page| {
         synic.post(page, held_messages(vp), source, message)
-    })?;
+    });
+    wake_if_awaited(vp);
+    let delivered = delivered?;
     if delivered {
         raise(vp, &synic, source);
     }
@@ -84,9 +100,11 @@ pub fn signal_event(
     let inner = partition.inner.lock();
     let mut synic = vp.synic.lock();
     let gpa = synic.registers().event_page();
-    let (new, delivered) = with_page(cpu, &inner, gpa, |page| {
+    let signalled = with_page(cpu, &inner, vp, gpa, |page| {
         synic.signal(page, held_flags(vp), source, flag)
-    })?;
+    });
+    wake_if_awaited(vp);
+    let (new, delivered) = signalled?;
     if new && delivered {
         raise(vp, &synic, source);
     }
@@ -130,7 +148,7 @@ pub fn deliver(cpu: u32, vp: &Vp, core: &mut VpCore) -> Sources {
     let mut reached = 0;
     if synic.holds_messages() {
         let gpa = synic.registers().message_page();
-        with_page(cpu, &inner, gpa, |page| {
+        with_page(cpu, &inner, vp, gpa, |page| {
             if let Some(page) = page {
                 reached |= synic.deliver_messages(page, held_messages(vp));
             }
@@ -138,7 +156,7 @@ pub fn deliver(cpu: u32, vp: &Vp, core: &mut VpCore) -> Sources {
     }
     if synic.holds_flags() {
         let gpa = synic.registers().event_page();
-        with_page(cpu, &inner, gpa, |page| {
+        with_page(cpu, &inner, vp, gpa, |page| {
             if let Some(page) = page {
                 reached |= synic.deliver_flags(page, held_flags(vp));
             }
@@ -153,14 +171,6 @@ pub fn deliver(cpu: u32, vp: &Vp, core: &mut VpCore) -> Sources {
 fn accept(apic: &mut LocalApic, vector: Option<u8>) {
     if let Some(vector) = vector {
         apic.accept(interrupt(vector));
-    }
-}
-
-/// Writes zeros into a page that the guest gave to the SynIC.
-pub fn clear(cpu: u32, partition: &Partition, gpa: u64) {
-    let inner = partition.inner.lock();
-    if let Some(spa) = inner.translate(gpa, true) {
-        write_physical(cpu, Window::Guest, spa, &[0; 4096]);
     }
 }
 
@@ -181,7 +191,7 @@ pub fn expire_timers(cpu: u32, vp: &Vp, core: &mut VpCore) {
             }
             let synic = vp.synic.lock();
             let gpa = synic.registers().message_page();
-            let done = with_page(cpu, &inner, gpa, |page| {
+            let done = with_page(cpu, &inner, vp, gpa, |page| {
                 synic.try_post(page, source, &message)
             });
             if done {
@@ -205,29 +215,28 @@ pub enum Kind {
 }
 
 /// Runs `f` on a page of the VP's SynIC: the guest's, or without one that which holds what comes. What is held then follows from
-/// the page.
-fn with_state(cpu: u32, vp: &Vp, kind: Kind, f: impl FnOnce(&Page)) {
+/// the page. Does nothing if the root is asked for the page.
+fn with_state(cpu: u32, vp: &Vp, core: &VpCore, kind: Kind, f: impl FnOnce(&Page)) {
     let inner = vp.partition.get().inner.lock();
     let mut synic = vp.synic.lock();
     let (gpa, held) = match kind {
         Kind::Messages => (synic.registers().message_page(), held_messages(vp)),
         Kind::Flags => (synic.registers().event_page(), held_flags(vp)),
     };
-    with_page(cpu, &inner, gpa, |page| match page {
-        Some(page) => f(page),
-        None => {
-            f(held);
-            match kind {
-                Kind::Messages => synic.adopt_messages(held),
-                Kind::Flags => synic.adopt_flags(held),
-            }
+    if let Some(spa) = gpa.and_then(|gpa| inner.translate(gpa, true)) {
+        with_guest_page(cpu, spa, f);
+    } else if !gpa.is_some_and(|gpa| child::ask_for(core, gpa, true)) {
+        f(held);
+        match kind {
+            Kind::Messages => synic.adopt_messages(held),
+            Kind::Flags => synic.adopt_flags(held),
         }
-    });
+    }
 }
 
 /// The page of messages or flags of a VP, for its VMM.
-pub fn get_page(cpu: u32, vp: &Vp, kind: Kind, to: &mut [u8; 4096]) {
-    with_state(cpu, vp, kind, |page| {
+pub fn get_page(cpu: u32, vp: &Vp, core: &VpCore, kind: Kind, to: &mut [u8; 4096]) {
+    with_state(cpu, vp, core, kind, |page| {
         for (bytes, word) in to.chunks_exact_mut(8).zip(page) {
             bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
         }
@@ -235,8 +244,8 @@ pub fn get_page(cpu: u32, vp: &Vp, kind: Kind, to: &mut [u8; 4096]) {
 }
 
 /// Loads it.
-pub fn set_page(cpu: u32, vp: &Vp, kind: Kind, from: &[u8; 4096]) {
-    with_state(cpu, vp, kind, |page| {
+pub fn set_page(cpu: u32, vp: &Vp, core: &VpCore, kind: Kind, from: &[u8; 4096]) {
+    with_state(cpu, vp, core, kind, |page| {
         for (bytes, word) in from.chunks_exact(8).zip(page) {
             let value = bytes
                 .iter()

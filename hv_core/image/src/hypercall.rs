@@ -416,7 +416,7 @@ impl Call<'_> {
         let (result_code, gpa_page) = emulate::translate(
             self.cpu,
             &target,
-            &core.state,
+            &core,
             input.gva_page,
             input.control_flags,
         );
@@ -567,7 +567,7 @@ impl Call<'_> {
         let target = partition::find(input.partition_id)?;
         let (vp, mut core) = self.own(&target, input.vp_index)?;
         if let Some(kind) = synic_page(input.state_type) {
-            emulate::get_synic_page(self.cpu, vp, kind, self.state_buffer()?);
+            emulate::get_synic_page(self.cpu, vp, &core, kind, self.state_buffer()?);
             return Ok(());
         }
         let mut inner = target.inner.lock();
@@ -586,7 +586,7 @@ impl Call<'_> {
         let target = partition::find(input.partition_id)?;
         let (vp, mut core) = self.own(&target, input.vp_index)?;
         if let Some(kind) = synic_page(input.state_type) {
-            emulate::set_synic_page(self.cpu, vp, kind, self.state_buffer()?);
+            emulate::set_synic_page(self.cpu, vp, &core, kind, self.state_buffer()?);
             // The next entry delivers what is there.
             core.dirty = true;
             return Ok(());

@@ -61,6 +61,8 @@ pub struct Partition {
     pub generation: AtomicU64,
     /// Incremented when something changed that the results of CPUID depend on.
     pub changes: AtomicU64,
+    /// The root changed the reference time and could not reach the reference TSC page: the next VP that runs writes it.
+    pub owes_reference_page: AtomicBool,
     /// CPUs that use it at this moment, running VPs included.
     pub users: AtomicU32,
     /// SPA of each VP, 0 for none.
@@ -164,6 +166,7 @@ pub fn create(info: &BootInfo, state: PartitionState) -> Result<u64, HvStatus> {
             slat: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             changes: AtomicU64::new(0),
+            owes_reference_page: AtomicBool::new(false),
             users: AtomicU32::new(0),
             vps: [const { AtomicU64::new(0) }; MAX_VPS],
         };
@@ -350,6 +353,7 @@ impl Partition {
             posted: crate::apic::Posted::new(),
             stale: AtomicBool::new(false),
             synic: SpinLock::new(Synic::new()),
+            awaited: AtomicU64::new(0),
             held,
             partition: handle,
             index,
@@ -515,6 +519,7 @@ pub fn new_core(state: VpState, apic: crate::apic::LocalApic) -> VpCore {
         logged: false,
         timers: Timers::RESET,
         timers_seen: 0,
+        owed: None,
         flushes: VpSet::NONE,
         cpuid: crate::cpuid_cache::CpuidCache::new(),
     }

@@ -16,6 +16,17 @@ use crate::stimer::Timers;
 use crate::synic::Synic;
 use crate::vp_state::VpState;
 
+/// What the hypervisor writes to a page of the guest because the guest asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owed {
+    /// Code of the hypercall page.
+    HypercallPage,
+    /// The reference TSC page.
+    ReferencePage,
+    /// Zeros at this GPA, before it becomes a page of the SynIC.
+    SynicPage(u64),
+}
+
 /// What belongs to the CPU that runs the VP, or that works on its registers.
 #[repr(C)]
 pub struct VpCore {
@@ -84,6 +95,8 @@ pub struct VpCore {
     pub logged: bool,
     /// Synthetic timers.
     pub timers: Timers,
+    /// What its last instruction wrote to guest memory and is not there yet.
+    pub owed: Option<Owed>,
     /// VPs that have to forget translations before this one goes on.
     pub flushes: VpSet,
     /// The partition's `changes` when their deadline was computed.
@@ -103,6 +116,8 @@ pub struct Vp {
     pub stale: AtomicBool,
     /// What others may send by the SynIC.
     pub synic: SpinLock<Synic>,
+    /// GPA of a page of the SynIC that could not be reached when there was something for it, with bit 0 set. 0 for none.
+    pub awaited: AtomicU64,
     /// SPAs of the pages in which it holds messages and event flags.
     pub held: [u64; 2],
     /// Its partition.

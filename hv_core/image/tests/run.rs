@@ -10,7 +10,8 @@ use hv_abi::boot::Vendor;
 use hv_abi::hypercall::{
     code, state_page, DispatchEvent, EventSignal, PortSet, PortWrite, VpRunPage,
 };
-use hv_abi::partition::{message, MapVpStatePage, RegisterAssoc, SignalEventDirect, VpRegisters};
+use hv_abi::partition::{message, property, vp_state, RegisterAssoc, VpRegisters};
+use hv_abi::partition::{MapVpStatePage, SetPartitionProperty, SignalEventDirect, VpState};
 use hv_abi::status::HvStatus;
 use hv_image::apic::{DeliveryMode, Interrupt};
 use hv_image::arch::object::Ownership;
@@ -23,11 +24,13 @@ use hv_image::partition::find;
 use hv_image::register_page::{self, RegisterPage, Shown};
 use hv_image::registers::name;
 use hv_image::vp::{Vp, VpCore};
+use hv_x86::paging::PageSize;
 use proptest::prelude::*;
 
 const VALID: u32 = 1 << 31;
 const MESSAGE: u64 = KEPT;
 const RUN_PAGE: u64 = KEPT + PAGE;
+const MISSING: Option<DispatchEvent> = Some(DispatchEvent::Missing);
 
 /// What was delivered at an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -687,6 +690,9 @@ proptest! {
     }
 }
 
+const GUEST_OS_ID: u32 = 0x4000_0000;
+const HYPERCALL: u32 = 0x4000_0001;
+const REFERENCE_TSC: u32 = 0x4000_0021;
 const SCONTROL: u32 = 0x4000_0080;
 const SIMP: u32 = 0x4000_0083;
 const EOM: u32 = 0x4000_0084;
@@ -704,11 +710,47 @@ impl Bed {
     fn with_synic() -> Self {
         let mut bed = Self::new();
         let id = bed.id;
-        bed.root
-            .with_deposits(id, |root| root.map(id, SLOTS_GPA, SLOTS, 3));
+        bed.map(SLOTS_GPA, SLOTS);
         let partition = find(id).expect("it lives");
         partition.inner.lock().state.synthetic_features = synthetic::ASSIGNABLE;
         bed
+    }
+
+    /// What the image wants to reach, as the root takes it.
+    fn missing(&self) -> u64 {
+        let at = RUN_PAGE + offset_of!(VpRunPage, missing) as u64;
+        let wanted = get(at);
+        put(at, 0_u64);
+        wanted
+    }
+
+    /// The root cannot map that.
+    fn refuse(&self, wanted: u64) {
+        let _ = self.missing();
+        put(RUN_PAGE + offset_of!(VpRunPage, refused) as u64, wanted);
+    }
+
+    fn map(&mut self, gpa: u64, spa: u64) {
+        let id = self.id;
+        self.root
+            .with_deposits(id, |root| root.map(id, gpa, spa, 3));
+    }
+
+    fn unmap(&self, gpa: u64) {
+        let partition = find(self.id).expect("it lives");
+        partition
+            .unmap(gpa, PageSize::Size4K)
+            .expect("it is mapped");
+    }
+
+    /// The VP is dispatched again.
+    fn enter(&mut self) -> (Option<DispatchEvent>, Option<Delivered>) {
+        let mut run = self.run(Fake::new(ChildExit::Nop));
+        let next = match run.enter() {
+            Next::Enter => None,
+            Next::Root(event) => Some(event),
+        };
+        (next, run.hardware.delivered)
     }
 
     fn wrmsr(&mut self, number: u32, value: u64) -> (Option<DispatchEvent>, Option<Delivered>) {
@@ -814,13 +856,123 @@ fn synic_that_the_partition_lacks_faults() {
 #[test]
 fn source_without_memory_keeps_what_it_gets() {
     let mut bed = Bed::with_synic();
-    for (number, value) in [(SIMP, 0x9001), (SCONTROL, 1), (SINT2, 0x40)] {
+    assert_eq!(bed.wrmsr(SIMP, 0x9001), (MISSING, None));
+    bed.refuse(0x9003);
+    assert_eq!(bed.enter(), (None, None));
+    for (number, value) in [(SCONTROL, 1), (SINT2, 0x40)] {
         assert_eq!(bed.wrmsr(number, value), (None, None));
     }
     assert_eq!(bed.message(7), Ok(()));
+    assert_eq!(bed.enter(), (MISSING, None));
+    bed.refuse(0x9003);
+    assert_eq!(bed.enter(), (None, None));
     let vector = Some(Delivered::Interrupt(0x40));
     assert_eq!(bed.wrmsr(SIMP, SLOTS_GPA | 1), (None, vector));
     assert_eq!(get::<u64>(SLOT2 + 16), 7);
+}
+
+#[test]
+fn page_that_is_away_gets_what_came_meanwhile() {
+    let mut bed = Bed::with_synic();
+    let _ = (bed.wrmsr(SIMP, SLOTS_GPA | 1), bed.wrmsr(SCONTROL, 1));
+    assert_eq!(bed.wrmsr(SINT2, 0x40), (None, None));
+    bed.unmap(SLOTS_GPA);
+    assert_eq!(bed.message(7), Ok(()));
+    let signal = RUN_PAGE + offset_of!(VpRunPage, signal) as u64;
+    assert_eq!(get::<u32>(signal), 1, "a VP that sleeps would not ask");
+    for _ in 0..2 {
+        // Until the root did something, also if it was interrupted.
+        assert_eq!(bed.enter(), (MISSING, None));
+        assert_eq!(bed.missing(), SLOTS_GPA | 3);
+    }
+    bed.map(SLOTS_GPA, SLOTS);
+    let vector = Some(Delivered::Interrupt(0x40));
+    assert_eq!(bed.enter(), (None, vector));
+    assert_eq!(get::<u64>(SLOT2 + 16), 7);
+}
+
+#[test]
+fn pages_that_the_guest_asks_for_are_written_when_they_come() {
+    let mut bed = Bed::with_synic();
+    let _ = bed.wrmsr(GUEST_OS_ID, 1);
+    for (number, value) in [(HYPERCALL, 1), (REFERENCE_TSC, 1), (SIMP, 1)] {
+        bed.unmap(SLOTS_GPA);
+        put(SLOTS, [!0_u64; 512]);
+        assert_eq!(bed.wrmsr(number, SLOTS_GPA | value), (MISSING, None));
+        assert_eq!(bed.missing(), SLOTS_GPA | 3, "{number:#x}");
+        bed.map(SLOTS_GPA, SLOTS);
+        assert_eq!(bed.enter(), (None, None));
+        let words: [u64; 512] = get(SLOTS);
+        let right = match number {
+            HYPERCALL => words[0] & 0xff_ffff == 0xd9_010f,
+            REFERENCE_TSC => (1..9).contains(&words[0]) && words[511] == 0,
+            _ => words == [0; 512],
+        };
+        assert!(right, "{number:#x}: {:x?}", &words[..4]);
+        assert_eq!(bed.wrmsr(number, 0), (None, None));
+        // Once.
+        put(SLOTS, [!0_u64; 512]);
+        assert_eq!(bed.enter(), (None, None));
+        assert_eq!(get::<[u64; 512]>(SLOTS), [!0; 512]);
+    }
+}
+
+#[test]
+fn reference_page_follows_the_root_also_when_it_is_away() {
+    let mut bed = Bed::with_synic();
+    let _ = bed.wrmsr(REFERENCE_TSC, SLOTS_GPA | 1);
+    let old: [u64; 3] = get(SLOTS);
+    bed.unmap(SLOTS_GPA);
+    let partition_id = bed.id;
+    let set = SetPartitionProperty {
+        partition_id,
+        property_code: property::REFERENCE_TIME,
+        value: 1 << 40,
+        ..Default::default()
+    };
+    bed.root
+        .call(code::SET_PARTITION_PROPERTY, set)
+        .expect("it is a time");
+    assert_eq!(bed.enter(), (MISSING, None));
+    bed.map(SLOTS_GPA, SLOTS);
+    assert_eq!(bed.enter(), (None, None));
+    let new: [u64; 3] = get(SLOTS);
+    assert!(new[0] > old[0], "{old:x?}, then {new:x?}");
+}
+
+#[test]
+fn state_of_a_page_that_is_away_waits_for_it() {
+    let mut bed = Bed::with_synic();
+    let _ = (bed.wrmsr(SIMP, SLOTS_GPA | 1), bed.wrmsr(SCONTROL, 1));
+    put(SLOT2 + 16, 7_u64);
+    bed.unmap(SLOTS_GPA);
+    let (id, buffer) = (bed.id, KEPT + 2 * PAGE);
+    bed.core = None;
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Input(VpState, u64);
+    let head = VpState {
+        partition_id: id,
+        state_type: vp_state::SIM_PAGE,
+        ..Default::default()
+    };
+    let call = |bed: &Bed, number| {
+        let done = bed.root.call(number, Input(head, buffer / PAGE));
+        (done, bed.missing())
+    };
+    put(buffer, [0_u64; 512]);
+    let asks = (Ok(()), SLOTS_GPA | 3);
+    assert_eq!(call(&bed, code::GET_VP_STATE), asks);
+    bed.map(SLOTS_GPA, SLOTS);
+    assert_eq!(call(&bed, code::GET_VP_STATE), (Ok(()), 0));
+    let value = buffer + 2 * 256 + 16;
+    assert_eq!(get::<u64>(value), 7);
+    put(value, 8_u64);
+    bed.unmap(SLOTS_GPA);
+    assert_eq!(call(&bed, code::SET_VP_STATE), asks);
+    bed.map(SLOTS_GPA, SLOTS);
+    assert_eq!(call(&bed, code::SET_VP_STATE), (Ok(()), 0));
+    assert_eq!(get::<u64>(SLOT2 + 16), 8);
 }
 
 #[test]
@@ -1013,6 +1165,12 @@ fn interrupt_goes_to_all_of_a_set() {
 #[test]
 fn call_without_input_is_the_vmms_to_see() {
     let mut bed = Bed::that_calls();
+    // First the instruction is looked for.
+    let (next, _) = bed.call(FLUSH, 0x9000, 0);
+    assert_eq!(next, MISSING);
+    let code = bed.missing();
+    assert_eq!(code & 0xfff, 2, "{code:#x}");
+    bed.refuse(code);
     let (next, fake) = bed.call(FLUSH, 0x9000, 0);
     assert_eq!((next, fake.rip), (Some(DispatchEvent::Intercept), 0x1000));
     assert_eq!(get::<u32>(MESSAGE), 0x8000_0000);
