@@ -13,6 +13,7 @@
 #include <linux/hrtimer.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
+#include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/namei.h>
 #include <linux/poll.h>
@@ -570,6 +571,104 @@ void hv_sys_unpin_pages(struct page **pages, unsigned long count, bool dirty);
 void hv_sys_unpin_pages(struct page **pages, unsigned long count, bool dirty)
 {
 	unpin_user_pages_dirty_lock(pages, count, dirty);
+}
+
+/* Which pages hv_sys_hold_pages gets, as sys.rs numbers them. */
+enum { HOLD_PRESENT, HOLD_WITHOUT_WAITING, HOLD_WAITING };
+
+int hv_sys_hold_pages(unsigned long address, int count, bool write, int how, struct page **pages);
+int hv_sys_hold_pages(unsigned long address, int count, bool write, int how, struct page **pages)
+{
+	unsigned int flags = write ? FOLL_WRITE : 0;
+
+	if (how == HOLD_PRESENT)
+		return get_user_pages_fast_only(address, count, flags, pages);
+	/* FOLL_NOWAIT also keeps a userfaultfd from being asked for pages that nobody wants yet. */
+	flags |= how == HOLD_WAITING ? FOLL_INTERRUPTIBLE : FOLL_NOWAIT;
+	return get_user_pages_unlocked(address, count, pages, flags);
+}
+
+void hv_sys_release_pages(struct page **pages, unsigned long count);
+void hv_sys_release_pages(struct page **pages, unsigned long count)
+{
+	while (count--)
+		put_page(pages[count]);
+}
+
+void hv_sys_dirty_pages(struct page **pages, unsigned long count);
+void hv_sys_dirty_pages(struct page **pages, unsigned long count)
+{
+	while (count--) {
+		if (!PageDirty(pages[count]))
+			set_page_dirty(pages[count]);
+	}
+}
+
+/* Entry point of root/region.rs: false if it would have to sleep and may not. */
+bool hv_root_memory_changes(void *owner, void *watch, unsigned long start, unsigned long end, bool may_sleep,
+			    unsigned long sequence);
+
+/* Tells the owner when the kernel takes pages of a range of user space away, or rights to them. */
+struct hv_watch {
+	struct mmu_interval_notifier notifier;
+	void *owner;
+};
+
+static bool watch_invalidate(struct mmu_interval_notifier *notifier, const struct mmu_notifier_range *range,
+			     unsigned long sequence)
+{
+	struct hv_watch *watch = container_of(notifier, struct hv_watch, notifier);
+
+	return hv_root_memory_changes(watch->owner, watch, range->start, range->end,
+				      mmu_notifier_range_blockable(range), sequence);
+}
+
+static const struct mmu_interval_notifier_ops watch_ops = {
+	.invalidate = watch_invalidate,
+};
+
+/* Of the current process. The owner may hear from it before this returns. */
+struct hv_watch *hv_sys_watch_new(unsigned long address, unsigned long length, void *owner);
+struct hv_watch *hv_sys_watch_new(unsigned long address, unsigned long length, void *owner)
+{
+	struct hv_watch *watch = kzalloc(sizeof(*watch), GFP_KERNEL_ACCOUNT);
+	int error;
+
+	if (!watch)
+		return ERR_PTR(-ENOMEM);
+	watch->owner = owner;
+	error = mmu_interval_notifier_insert(&watch->notifier, current->mm, address, length, &watch_ops);
+	if (error) {
+		kfree(watch);
+		return ERR_PTR(error);
+	}
+	return watch;
+}
+
+/* Waits for calls to the owner; afterwards there are none. */
+void hv_sys_watch_free(struct hv_watch *watch);
+void hv_sys_watch_free(struct hv_watch *watch)
+{
+	mmu_interval_notifier_remove(&watch->notifier);
+	kfree(watch);
+}
+
+unsigned long hv_sys_watch_begin(struct hv_watch *watch);
+unsigned long hv_sys_watch_begin(struct hv_watch *watch)
+{
+	return mmu_interval_read_begin(&watch->notifier);
+}
+
+bool hv_sys_watch_changed(struct hv_watch *watch, unsigned long sequence);
+bool hv_sys_watch_changed(struct hv_watch *watch, unsigned long sequence)
+{
+	return mmu_interval_read_retry(&watch->notifier, sequence);
+}
+
+void hv_sys_watch_note(struct hv_watch *watch, unsigned long sequence);
+void hv_sys_watch_note(struct hv_watch *watch, unsigned long sequence)
+{
+	mmu_interval_set_seq(&watch->notifier, sequence);
 }
 
 u64 hv_sys_page_to_pfn(struct page *page);

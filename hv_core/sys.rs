@@ -67,6 +67,24 @@ mod ffi {
             pages: *mut *mut c_void,
         ) -> c_int;
         pub(super) fn hv_sys_unpin_pages(pages: *mut *mut c_void, count: c_ulong, dirty: bool);
+        pub(super) fn hv_sys_hold_pages(
+            address: c_ulong,
+            count: c_int,
+            write: bool,
+            how: c_int,
+            pages: *mut *mut c_void,
+        ) -> c_int;
+        pub(super) fn hv_sys_release_pages(pages: *mut *mut c_void, count: c_ulong);
+        pub(super) fn hv_sys_dirty_pages(pages: *const *mut c_void, count: c_ulong);
+        pub(super) fn hv_sys_watch_new(
+            address: c_ulong,
+            length: c_ulong,
+            owner: *mut c_void,
+        ) -> *mut c_void;
+        pub(super) fn hv_sys_watch_free(watch: *mut c_void);
+        pub(super) fn hv_sys_watch_begin(watch: *mut c_void) -> c_ulong;
+        pub(super) fn hv_sys_watch_changed(watch: *mut c_void, sequence: c_ulong) -> bool;
+        pub(super) fn hv_sys_watch_note(watch: *mut c_void, sequence: c_ulong);
         pub(super) fn hv_sys_page_to_pfn(page: *mut c_void) -> u64;
         pub(super) fn hv_sys_large_code_pages_are_unsafe() -> bool;
         pub(super) fn hv_sys_machine_check();
@@ -538,17 +556,17 @@ pub(crate) unsafe fn free_single_page(pfn: u64) {
     unsafe { ffi::hv_sys_free_single_page(pfn) }
 }
 
-/// A page of user space that is pinned: a `struct page`, or null.
+/// A page of user space: a `struct page`, or null.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]
-pub(crate) struct PinnedPage(*mut c_void);
+pub(crate) struct UserPage(*mut c_void);
 
 // SAFETY: it names memory; who holds it decides on its end.
-unsafe impl Send for PinnedPage {}
+unsafe impl Send for UserPage {}
 // SAFETY: as above.
-unsafe impl Sync for PinnedPage {}
+unsafe impl Sync for UserPage {}
 
-impl PinnedPage {
+impl UserPage {
     /// No page.
     pub(crate) const NONE: Self = Self(core::ptr::null_mut());
 
@@ -559,31 +577,129 @@ impl PinnedPage {
     }
 }
 
+/// Number of pages that the kernel wrote to `pages`, from what its function returned.
+fn pages_got(got: c_int, pages: &mut [UserPage]) -> Result<usize> {
+    let count = usize::try_from(got).unwrap_or(0);
+    // Also when it fails, the kernel may have written down pages that it let go again.
+    if let Some(rest) = pages.get_mut(count..) {
+        rest.fill(UserPage::NONE);
+    }
+    kernel::error::to_result(got)?;
+    Ok(count)
+}
+
 /// Pins pages of the current process for a long time, as many as it can up to the length of `pages`.
-pub(crate) fn pin_pages(address: u64, write: bool, pages: &mut [PinnedPage]) -> Result<usize> {
+pub(crate) fn pin_pages(address: u64, write: bool, pages: &mut [UserPage]) -> Result<usize> {
     let count = c_int::try_from(pages.len()).map_err(|_| EINVAL)?;
     // SAFETY: the slice has room for `count` pointers; the function checks the address.
     let pinned = unsafe {
         ffi::hv_sys_pin_pages(address as c_ulong, count, write, pages.as_mut_ptr().cast())
     };
-    let count = usize::try_from(pinned).unwrap_or(0);
-    // Also when it fails, the kernel may have written down pages that it let go again.
-    if let Some(rest) = pages.get_mut(count..) {
-        rest.fill(PinnedPage::NONE);
-    }
-    kernel::error::to_result(pinned)?;
-    Ok(count)
+    pages_got(pinned, pages)
 }
 
 /// Lets pages of [`pin_pages`] go, marking them as written to if `dirty`.
 ///
 /// # Safety
 /// All must be pinned by the caller, and no longer reachable by a child.
-pub(crate) unsafe fn unpin_pages(pages: &mut [PinnedPage], dirty: bool) {
+pub(crate) unsafe fn unpin_pages(pages: &mut [UserPage], dirty: bool) {
     // SAFETY: by the caller's promise.
     unsafe {
         ffi::hv_sys_unpin_pages(pages.as_mut_ptr().cast(), pages.len() as c_ulong, dirty);
     }
+}
+
+/// Which pages [`hold_pages`] gets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Hold {
+    /// Those that are there.
+    Present = 0,
+    /// Those that come without waiting.
+    WithoutWaiting = 1,
+    /// All; `EINTR` if a signal waits.
+    Waiting = 2,
+}
+
+/// Holds pages of the current process for a moment, as many as it can up to the length of `pages`.
+pub(crate) fn hold_pages(
+    address: u64,
+    write: bool,
+    how: Hold,
+    pages: &mut [UserPage],
+) -> Result<usize> {
+    let count = c_int::try_from(pages.len()).map_err(|_| EINVAL)?;
+    let to = pages.as_mut_ptr().cast();
+    // SAFETY: the slice has room for `count` pointers; the function checks the address.
+    let got = unsafe { ffi::hv_sys_hold_pages(address as c_ulong, count, write, how as c_int, to) };
+    pages_got(got, pages)
+}
+
+/// Lets pages of [`hold_pages`] go.
+///
+/// # Safety
+/// All must be held by the caller.
+pub(crate) unsafe fn release_pages(pages: &mut [UserPage]) {
+    // SAFETY: by the caller's promise.
+    unsafe { ffi::hv_sys_release_pages(pages.as_mut_ptr().cast(), pages.len() as c_ulong) }
+}
+
+/// Marks pages as written to. Does not sleep.
+///
+/// # Safety
+/// All must be held by the caller for writing, and user space must still have them so: what the kernel takes away
+/// meanwhile waits for the caller.
+pub(crate) unsafe fn dirty_pages(pages: &[UserPage]) {
+    // SAFETY: by the caller's promise.
+    unsafe { ffi::hv_sys_dirty_pages(pages.as_ptr().cast(), pages.len() as c_ulong) }
+}
+
+/// Tells `hv_root_memory_changes` of changes to a range of the creator's address space, until it is dropped.
+pub(crate) struct Watch(NonNull<c_void>);
+
+// SAFETY: all functions of the shim on it may be called from every thread.
+unsafe impl Send for Watch {}
+// SAFETY: as above.
+unsafe impl Sync for Watch {}
+
+impl Watch {
+    /// Watches a range of the current process.
+    ///
+    /// # Safety
+    /// `owner` must be what `hv_root_memory_changes` expects, until the watch is dropped.
+    pub(crate) unsafe fn new(address: u64, length: u64, owner: *mut c_void) -> Result<Self> {
+        // SAFETY: process context; by the caller's promise for the owner.
+        let watch = unsafe { ffi::hv_sys_watch_new(address as c_ulong, length as c_ulong, owner) };
+        pointer_or_error(watch).map(Self)
+    }
+
+    /// Waits for changes under way. Its result is for [`Self::has_changed`].
+    pub(crate) fn begin(&self) -> c_ulong {
+        // SAFETY: the object lives as long as `self`; process context.
+        unsafe { ffi::hv_sys_watch_begin(self.0.as_ptr()) }
+    }
+
+    /// Whether anything may have changed since. The caller holds the lock of [`note_change`].
+    pub(crate) fn has_changed(&self, since: c_ulong) -> bool {
+        // SAFETY: the object lives as long as `self`.
+        unsafe { ffi::hv_sys_watch_changed(self.0.as_ptr(), since) }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; process context.
+        unsafe { ffi::hv_sys_watch_free(self.0.as_ptr()) }
+    }
+}
+
+/// Notes that a change of this number began, with the lock of the owner held.
+///
+/// # Safety
+/// Only for `hv_root_memory_changes`, with what it was called with.
+pub(crate) unsafe fn note_change(watch: *mut c_void, sequence: c_ulong) {
+    // SAFETY: by the caller's promise.
+    unsafe { ffi::hv_sys_watch_note(watch, sequence) }
 }
 
 /// Whether a guest that may execute large second-level pages can stop this processor (INTEL-SA-00210): it has to change the

@@ -8,7 +8,8 @@ use kernel::uaccess::{UserPtr, UserSlice};
 use super::vp::VpFile;
 use super::{address, device, hvcall, read, uapi};
 use crate::root::{
-    AccessQuery, DoorbellRequest, End, IrqfdRequest, Partition, Region, Route, Routes, MAX_ROUTES,
+    AccessQuery, DoorbellRequest, End, IrqfdRequest, Partition, RegionRequest, Route, Routes,
+    MAX_ROUTES,
 };
 use crate::sys::EventFd;
 
@@ -64,11 +65,11 @@ fn set_memory(partition: &Partition, argument: usize) -> Result {
     let (start, size, from) = (region.guest_pfn, region.size, region.address);
     let writable = region.flags & memory_flag::WRITABLE != 0;
     let executable = region.flags & memory_flag::EXECUTABLE != 0;
-    let new = Region::new(start, size, from, writable, executable)?;
+    let request = RegionRequest::new(start, size, from, writable, executable)?;
     if region.flags & memory_flag::UNMAP != 0 {
-        partition.unmap(start, size / 4096, from)
+        partition.unmap(&request)
     } else {
-        partition.map(new)
+        partition.map(request)
     }
 }
 
@@ -158,6 +159,11 @@ fn set_routes(partition: &Partition, argument: usize) -> Result {
     Ok(())
 }
 
+/// `MSHV_GPAP_ACCESS_TYPE_DIRTY`.
+const DIRTY: u8 = 1;
+/// `MSHV_GPAP_ACCESS_OP_CLEAR`.
+const CLEAR: u8 = 1;
+
 fn access_bitmap(partition: &Partition, argument: usize) -> Result {
     let query: uapi::AccessBitmap = read(argument)?;
     if query.access_type > 1
@@ -179,6 +185,8 @@ fn access_bitmap(partition: &Partition, argument: usize) -> Result {
     let query = AccessQuery {
         gfn: query.base,
         count: query.page_count,
+        dirty: query.access_type == DIRTY,
+        clear: query.access_op == CLEAR,
     };
     partition.access_bitmap(query, |piece| writer.write_slice(piece))
 }

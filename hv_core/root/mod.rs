@@ -2,8 +2,9 @@
 //! The root's side of partitions (Winhv): typed hypercalls, memory for the image, partitions with their
 //! virtual processors, memory regions and interrupt sources.
 //!
-//! Locks, outermost first: list of partitions, life of a partition, VP, doorbells, connections or interrupt sources, memory,
-//! pool, orphans. What interrupts touch (waking a VP, asserting an interrupt) takes none of them.
+//! Locks, outermost first: list of partitions, life of a partition, VP, doorbells, connections or interrupt sources,
+//! memory, region, pool, orphans. Changes of an address space take only that of a region, so nobody allocates memory or touches user
+//! space with it. What interrupts touch (waking a VP, asserting an interrupt) takes none of them.
 
 mod call;
 mod doorbell;
@@ -12,6 +13,7 @@ mod memory;
 mod partition;
 mod pool;
 mod port;
+mod region;
 mod vp;
 
 use core::ptr;
@@ -31,9 +33,10 @@ use pool::Pool;
 
 pub(crate) use doorbell::DoorbellRequest;
 pub(crate) use interrupt::{IrqfdRequest, Route, Routes, MAX_ROUTES};
-pub(crate) use memory::{AccessQuery, Region};
+pub(crate) use memory::AccessQuery;
 pub(crate) use partition::{Creation, Partition, Passed};
 pub(crate) use port::{End, Port, PortOps};
+pub(crate) use region::RegionRequest;
 pub(crate) use vp::{StateKind, Vp};
 
 /// All that the root has in common for its partitions.

@@ -16,9 +16,10 @@ use kernel::{new_mutex, new_spinlock};
 use super::call::{errno, rep_control, Answer, Instruction};
 use super::doorbell::{Doorbells, QuickBells};
 use super::interrupt::Interrupts;
-use super::memory::{AccessQuery, Fault, Memory, Region, Sizes};
+use super::memory::{AccessQuery, Memory, Sizes};
 use super::pool::Pool;
 use super::port::Connections;
+use super::region::{Region, RegionRequest};
 use super::vp::{property_input, Vp};
 use super::Winhv;
 use crate::abi::hypercall::{code, Control};
@@ -26,7 +27,7 @@ use crate::abi::partition::{
     creation, property, CreatePartition, CreateVp, DeleteVp, PartitionId, COMPATIBILITY_VERSION,
 };
 use crate::abi::status::HvStatus;
-use crate::sys::Pages;
+use crate::sys::{self, Pages};
 
 /// Largest number of VPs.
 pub(crate) const MAX_VPS: usize = 256;
@@ -313,9 +314,21 @@ impl Partition {
         })
     }
 
-    /// Makes every CPU forget translations of the partition, and every child leave for it.
-    pub(super) fn flush(&self) {
-        self.winhv.flush();
+    /// One attempt at a rep call that returns nothing, in any context.
+    pub(super) fn rep_once(&self, code: u16, count: u16, input: [&[u8]; 2]) -> Result<Answer> {
+        let control = rep_control(code, count, 0);
+        self.winhv.calls.paged(control, input, &mut [])
+    }
+
+    /// Lends the image some memory.
+    pub(super) fn deposit(&self) -> Result {
+        self.pool.deposit(self.winhv)
+    }
+
+    /// Waits until every CPU has left its child and the image. What was unmapped before is out of reach then: a VP
+    /// forgets its translations before it runs again, because the image counts changes to the tables.
+    pub(super) fn leave_children(&self) {
+        sys::call_on_each_cpu(|| ());
     }
 
     /// A property.
@@ -369,28 +382,26 @@ impl Partition {
     }
 
     /// Makes a region of the caller's memory guest memory. Nothing is mapped before the guest asks for it.
-    pub(crate) fn map(&self, region: Region) -> Result {
+    pub(crate) fn map(&self, request: RegionRequest) -> Result {
         let _life = self.life.lock();
         self.check_caller()?;
         let current = current!();
-        region.check_source(current.mm().ok_or(EINVAL)?)?;
+        request.check_source(current.mm().ok_or(EINVAL)?)?;
+        self.memory.lock().check_free(&request)?;
+        // No other region comes meanwhile, and a change of the address space must not wait for it.
+        let region = Region::new(self, request)?;
         self.memory.lock().add(self, region)
     }
 
     /// Takes a region away again: afterwards no VP can reach it.
-    pub(crate) fn unmap(&self, start: u64, pages: u64, address: u64) -> Result {
+    pub(crate) fn unmap(&self, request: &RegionRequest) -> Result {
         let _life = self.life.lock();
         self.check_caller()?;
-        let region = self.memory.lock().remove(start, pages, address)?;
-        region.unmap(self)
+        let region = self.memory.lock().remove(self, request)?;
+        region.remove(self)
     }
 
-    /// Guest memory at page `gfn` is missing, or does not allow an access of this kind.
-    pub(super) fn fault(&self, gfn: u64, kind: u8) -> Result<Fault> {
-        self.memory.lock().fault(self, gfn, kind)
-    }
-
-    /// Accessed or dirty states; see [`Memory::access_bits`].
+    /// Accessed or dirty states; see [`AccessQuery`].
     pub(crate) fn access_bitmap(
         &self,
         query: AccessQuery,
@@ -470,6 +481,8 @@ impl PinnedDrop for Partition {
         }
         this.winhv.delist(this);
         this.close_connections();
+        // No VP can be dispatched: nothing reaches guest memory. From here on nobody asks us to unmap any.
+        this.memory.lock().release();
         if this.life.lock().initialized {
             let input = PartitionId {
                 partition_id: this.id,
@@ -480,8 +493,6 @@ impl PinnedDrop for Partition {
                 Err(error) => pr_warn!("partition {}: cannot be finalized: {:?}\n", this.id, error),
             }
         }
-        // No VP can be dispatched: nothing reaches guest memory.
-        this.memory.lock().release();
         this.pool.withdraw(this.winhv);
         delete_in_image(this.winhv, this.id);
         for slot in this.vps.iter() {

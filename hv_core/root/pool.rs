@@ -61,7 +61,8 @@ impl Pool {
         Err(ENOMEM)
     }
 
-    fn deposit(&self, winhv: &Winhv) -> Result {
+    /// Lends the image a few pages.
+    pub(super) fn deposit(&self, winhv: &Winhv) -> Result {
         let mut pfns = [0u64; CHUNK];
         // One piece keeps the second-level table of the root coarse; single pages will do.
         let count = if sys::alloc_single_pages(CHUNK_ORDER, self.partition, &mut pfns).is_ok() {

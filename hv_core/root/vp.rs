@@ -474,15 +474,15 @@ impl Vp {
                 let kind = word(copy, PAYLOAD + 5) as u8;
                 match partition.fault(gpa >> 12, kind)? {
                     Fault::Mapped => Some(0),
-                    Fault::Broken => {
-                        // Guest memory that the host cannot give: the VMM shall know that it is memory.
+                    Fault::Broken | Fault::Denied => {
+                        // Also while the host cannot give it or did not yet: the VMM shall know that it is memory.
                         self.rename_message(copy, message::GPA_INTERCEPT);
                         None
                     }
                     Fault::NotMemory if kind == access::WRITE => {
                         partition.ring_memory_doorbell(self, copy)?
                     }
-                    Fault::NotMemory | Fault::Denied => None,
+                    Fault::NotMemory => None,
                 }
             }
             message::APIC_EOI

@@ -13,18 +13,18 @@ use super::{sum, Outcome};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-const PAGE: u64 = 0x1000;
-const LARGE: u64 = 0x20_0000;
+pub const PAGE: u64 = 0x1000;
+pub const LARGE: u64 = 0x20_0000;
 /// Pages of a large one.
-const SMALL: u64 = LARGE / PAGE;
+pub const SMALL: u64 = LARGE / PAGE;
 /// Where a guest has the memory under test, beyond its code.
-const PLACE: u64 = LARGE;
+pub const PLACE: u64 = LARGE;
 /// Flags of a region.
-const WRITABLE: u8 = 1;
+pub const WRITABLE: u8 = 1;
 
 /// Adds up the first byte of each page of `size` bytes at DS:0 and increments it; writes the sum to port 0x10, and starts again.
 #[rustfmt::skip]
-fn code(size: u64) -> Vec<u8> {
+pub fn code(size: u64) -> Vec<u8> {
     let [a, b, c, d] = (size as u32).to_le_bytes();
     vec![
         0x66, 0x31, 0xdb,                   // xor %ebx, %ebx
@@ -43,7 +43,7 @@ fn code(size: u64) -> Vec<u8> {
 const TOUCH_BYTES: u64 = 3;
 
 /// Lets DS begin at `base` and reach 4 GiB.
-fn look_at(vcpu: &mshv_ioctls::VcpuFd, base: u64) -> Outcome {
+pub fn look_at(vcpu: &mshv_ioctls::VcpuFd, base: u64) -> Outcome {
     let mut data = [hv_register_assoc {
         name: hv_register_name_HV_X64_REGISTER_DS,
         ..Default::default()
@@ -60,7 +60,7 @@ fn look_at(vcpu: &mshv_ioctls::VcpuFd, base: u64) -> Outcome {
 }
 
 /// A guest that touches `size` bytes at `base`, where nothing is yet.
-fn toucher(base: u64, size: u64) -> Result<Machine> {
+pub fn toucher(base: u64, size: u64) -> Result<Machine> {
     let machine = Machine::new(&code(size))?;
     look_at(&machine.vcpu, base)?;
     Ok(machine)
@@ -97,13 +97,19 @@ fn twice(pages: impl IntoIterator<Item = u64>) -> Vec<u64> {
 }
 
 /// Page `n` begins with the byte `n`.
-fn number(memory: &Memory, pages: u64) {
+pub fn number(memory: &Memory, pages: u64) {
     for page in 0..pages {
         memory.write((page * PAGE) as usize, &[page as u8]);
     }
 }
 
-fn region(memory: &Memory, offset: u64, size: u64, gpa: u64, flags: u8) -> mshv_user_mem_region {
+pub fn region(
+    memory: &Memory,
+    offset: u64,
+    size: u64,
+    gpa: u64,
+    flags: u8,
+) -> mshv_user_mem_region {
     mshv_user_mem_region {
         size,
         guest_pfn: gpa / PAGE,
@@ -275,9 +281,13 @@ pub fn huge_memory_changes_beneath_running_vps() -> Outcome {
                     ensure!(!runners.iter().any(|r| r.is_finished()), "a VP stopped");
                     std::thread::yield_now();
                 }
-                // Waits for the fault that maps it; then the number is right, too.
                 let again = machine.vm.map_user_memory(all).map_err(|e| e.errno());
                 ensure!(again == Err(libc::EEXIST), "turn {turn}: map twice");
+                // The guest may be faster than who counts.
+                while sum("large_pages")? == rest {
+                    ensure!(!runners.iter().any(|r| r.is_finished()), "a VP stopped");
+                    std::thread::yield_now();
+                }
                 let large = sum("large_pages")? - rest;
                 ensure!(large == 1, "turn {turn}: {large} large pages");
                 machine.vm.unmap_user_memory(all)?;

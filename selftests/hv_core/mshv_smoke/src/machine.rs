@@ -107,9 +107,25 @@ impl Memory {
     /// Maps it.
     pub fn new(size: usize) -> io::Result<Self> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_ANONYMOUS | libc::MAP_SHARED | libc::MAP_NORESERVE;
+        Self::map(size, access, libc::MAP_SHARED | libc::MAP_NORESERVE, None)
+    }
+
+    /// Maps what a file has from its beginning on, or anonymous memory of this process without one.
+    pub fn map(
+        size: usize,
+        access: i32,
+        flags: i32,
+        file: Option<&std::fs::File>,
+    ) -> io::Result<Self> {
+        let flags = flags
+            | if file.is_some() {
+                0
+            } else {
+                libc::MAP_ANONYMOUS
+            };
+        let fd = file.map_or(-1, AsRawFd::as_raw_fd);
         // SAFETY: a new mapping.
-        let address = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, -1, 0) };
+        let address = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, fd, 0) };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -117,6 +133,37 @@ impl Memory {
             address: address.cast(),
             size,
         })
+    }
+
+    /// `madvise` of a part.
+    pub fn advise(&self, offset: usize, size: usize, advice: i32) -> io::Result<()> {
+        assert!(offset + size <= self.size);
+        // SAFETY: inside the mapping, of which there are no references.
+        match unsafe { libc::madvise(self.address.add(offset).cast(), size, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// `mprotect` of a part. What is forbidden must not be read or written here.
+    pub fn protect(&self, offset: usize, size: usize, access: i32) -> io::Result<()> {
+        assert!(offset + size <= self.size);
+        // SAFETY: inside the mapping; by the note above.
+        match unsafe { libc::mprotect(self.address.add(offset).cast(), size, access) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Pages of a part that are there.
+    pub fn resident(&self, offset: usize, size: usize) -> io::Result<usize> {
+        assert!(offset + size <= self.size);
+        let mut pages = vec![0u8; size / 4096];
+        // SAFETY: inside the mapping; there is a byte for each page.
+        match unsafe { libc::mincore(self.address.add(offset).cast(), size, pages.as_mut_ptr()) } {
+            0 => Ok(pages.iter().filter(|page| **page & 1 != 0).count()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Maps memory that begins at a multiple of 2 MiB and consists of huge pages, if the kernel has any. `size` is such a
