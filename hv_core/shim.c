@@ -588,6 +588,31 @@ int hv_sys_hold_pages(unsigned long address, int count, bool write, int how, str
 	return get_user_pages_unlocked(address, count, pages, flags);
 }
 
+/* 1 if the page of a device that user space has mapped there may be written to, 0 if only read; -EFAULT if there is none. */
+int hv_sys_device_page(unsigned long address, bool write, u64 *pfn);
+int hv_sys_device_page(unsigned long address, bool write, u64 *pfn)
+{
+	struct follow_pfnmap_args args = { .address = address };
+	struct mm_struct *mm = current->mm;
+	int error;
+
+	mmap_read_lock(mm);
+	error = fixup_user_fault(mm, address, write ? FAULT_FLAG_WRITE : 0, NULL);
+	args.vma = vma_lookup(mm, address);
+	if (!error && args.vma && args.vma->vm_flags & (VM_IO | VM_PFNMAP))
+		error = follow_pfnmap_start(&args);
+	else
+		error = -EFAULT;
+	if (!error) {
+		*pfn = args.pfn;
+		error = args.writable;
+		follow_pfnmap_end(&args);
+	}
+	mmap_read_unlock(mm);
+	/* Two ways to cache the same memory do not go together. */
+	return error >= 0 && page_is_ram(*pfn) ? -EFAULT : error;
+}
+
 void hv_sys_release_pages(struct page **pages, unsigned long count);
 void hv_sys_release_pages(struct page **pages, unsigned long count)
 {

@@ -74,6 +74,7 @@ mod ffi {
             how: c_int,
             pages: *mut *mut c_void,
         ) -> c_int;
+        pub(super) fn hv_sys_device_page(address: c_ulong, write: bool, pfn: *mut u64) -> c_int;
         pub(super) fn hv_sys_release_pages(pages: *mut *mut c_void, count: c_ulong);
         pub(super) fn hv_sys_dirty_pages(pages: *const *mut c_void, count: c_ulong);
         pub(super) fn hv_sys_watch_new(
@@ -569,10 +570,12 @@ unsafe impl Sync for UserPage {}
 impl UserPage {
     /// No page.
     pub(crate) const NONE: Self = Self(core::ptr::null_mut());
+    /// A page of a device: it has no `struct page`.
+    pub(crate) const DEVICE: Self = Self(core::ptr::dangling_mut());
 
     /// Page number.
     pub(crate) fn pfn(self) -> u64 {
-        // SAFETY: the callers do not ask this of `NONE`; the arithmetic touches no memory.
+        // SAFETY: the callers do not ask this of `NONE` and `DEVICE`; the arithmetic touches no memory.
         unsafe { ffi::hv_sys_page_to_pfn(self.0) }
     }
 }
@@ -633,6 +636,16 @@ pub(crate) fn hold_pages(
     // SAFETY: the slice has room for `count` pointers; the function checks the address.
     let got = unsafe { ffi::hv_sys_hold_pages(address as c_ulong, count, write, how as c_int, to) };
     pages_got(got, pages)
+}
+
+/// Number of the page of a device that the current process has mapped at `address`, and whether it may write to it. `EFAULT` if
+/// it has none, or memory.
+pub(crate) fn device_page(address: u64, write: bool) -> Result<(u64, bool)> {
+    let mut pfn = 0;
+    // SAFETY: process context; the function checks the address.
+    let writable = unsafe { ffi::hv_sys_device_page(address as c_ulong, write, &mut pfn) };
+    kernel::error::to_result(writable)?;
+    Ok((pfn, writable != 0))
 }
 
 /// Lets pages of [`hold_pages`] go.

@@ -83,13 +83,10 @@ impl RegionRequest {
         self.start + self.pages
     }
 
-    /// `EINVAL` if nothing is mapped at its address, `EOPNOTSUPP` if that is device memory.
+    /// `EINVAL` if nothing is mapped at its address.
     pub(super) fn check_source(&self, mm: &MmWithUser) -> Result {
         let lock = mm.mmap_read_lock();
-        let vma = lock.vma_lookup(self.address as usize).ok_or(EINVAL)?;
-        if vma.flags() & (kernel::mm::virt::flags::IO | kernel::mm::virt::flags::PFNMAP) != 0 {
-            return Err(EOPNOTSUPP);
-        }
+        lock.vma_lookup(self.address as usize).ok_or(EINVAL)?;
         Ok(())
     }
 
@@ -255,13 +252,16 @@ enum Plan {
 struct Held<'r> {
     region: &'r Region,
     pages: KVec<UserPage>,
+    /// In place of `pages`: number of one page of a device. Nothing has to hold that.
+    device: Option<u64>,
     from: usize,
     write: bool,
 }
 
 impl Held<'_> {
     fn range(&self) -> Range<usize> {
-        self.from..self.from + self.pages.len()
+        let count = self.pages.len() + usize::from(self.device.is_some());
+        self.from..self.from + count
     }
 
     /// Keeps the first pages for good.
@@ -333,8 +333,24 @@ impl Region {
         Ok(Held {
             region: self,
             pages,
+            device: None,
             from,
             write,
+        })
+    }
+
+    /// The page of a device behind page `gfn`, if the kernel tells of its end.
+    fn device(&self, from: usize, gfn: u64, write: bool) -> Result<Held<'_>> {
+        if self.is_pinned() {
+            return Err(EFAULT);
+        }
+        let (pfn, writable) = sys::device_page(self.range.address_of(gfn), write)?;
+        Ok(Held {
+            region: self,
+            pages: KVec::new(),
+            device: Some(pfn),
+            from,
+            write: writable && self.range.writable,
         })
     }
 
@@ -363,16 +379,21 @@ impl Region {
         }
         // What is pinned stays as it is.
         let write = kind == access::WRITE || self.is_pinned() && self.range.writable;
-        let mut deposits = 0;
+        let (mut attempts, mut deposits) = (0, 0);
         loop {
+            attempts += 1;
             sys::reschedule()?;
             self.make_chunk(gfn)?;
             let since = self.watch.as_ref().map_or(0, Watch::begin);
-            let wanted = match self.plan(gfn, write) {
+            let mut wanted = match self.plan(gfn, write) {
                 Plan::Gone => return Ok(None),
                 Plan::There => return Ok(Some(Fault::Mapped)),
                 Plan::Get(wanted) => wanted,
             };
+            if attempts > 2 {
+                // The region changes all the time. What takes less time fits in between.
+                wanted.around = wanted.index..wanted.index + 1;
+            }
             let mut held = self.gather(&wanted)?;
             match self.map(partition, &wanted, &mut held, since) {
                 // It looks again whether that was enough.
@@ -449,10 +470,16 @@ impl Region {
         }
         let one = match one {
             Some(one) => one,
-            None => hold(index, index + 1, wanted.write, Hold::Waiting)?,
+            None => match hold(index, index + 1, wanted.write, Hold::Waiting) {
+                Err(EFAULT) => return self.device(index, first + index as u64, wanted.write),
+                held => held?,
+            },
         };
         if one.pages.is_empty() {
             return Err(EFAULT);
+        }
+        if wanted.around.len() == 1 {
+            return Ok(one);
         }
         let how = if fresh {
             Hold::WithoutWaiting
@@ -495,7 +522,10 @@ impl Region {
         let flags = self.range.flags(held.write);
         let large =
             is_large(&held.pages) && !(self.range.executable && sys::large_code_pages_are_unsafe());
-        let (done, result) = if large {
+        let (done, result) = if let Some(pfn) = held.device {
+            let at = wanted.first + held.from as u64;
+            map_list(partition, at, flags | map::NOT_CACHED, &[pfn])
+        } else if large {
             let pfn = held.pages.first().map_or(0, |page| page.pfn());
             match map_list(partition, wanted.first, flags | map::LARGE_PAGE, &[pfn]) {
                 (1, result) => (CHUNK, result),
@@ -510,10 +540,12 @@ impl Region {
             )
         };
         let mut new = 0;
-        for (page, index) in held.pages.iter().take(done).zip(held.range()) {
+        let device = held.device.map(|_| UserPage::DEVICE);
+        let pages = Iterator::chain(held.pages.iter().copied(), device);
+        for (page, index) in pages.zip(held.range()).take(done) {
             new += u64::from(!chunk.has(index));
             if let Some(slot) = chunk.pages.get_mut(index) {
-                *slot = *page;
+                *slot = page;
             }
         }
         if done != 0 {
