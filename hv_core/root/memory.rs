@@ -11,8 +11,7 @@ use super::partition::Partition;
 use super::region::{Region, RegionRequest, GUEST_PAGES};
 use crate::sys;
 
-/// How much there is. Read without the lock: who holds that may wait for the disk, or for a file system that the VMM
-/// itself serves.
+/// How much there is. Read without a lock.
 #[derive(Default)]
 pub(crate) struct Sizes {
     pub(super) regions: AtomicU64,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A small guest in real mode, and the ioctls the crates have no call for.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
@@ -111,21 +112,24 @@ impl Memory {
     }
 
     /// Maps what a file has from its beginning on, or anonymous memory of this process without one.
-    pub fn map(
-        size: usize,
-        access: i32,
-        flags: i32,
-        file: Option<&std::fs::File>,
-    ) -> io::Result<Self> {
-        let flags = flags
-            | if file.is_some() {
-                0
-            } else {
-                libc::MAP_ANONYMOUS
-            };
+    pub fn map(size: usize, access: i32, flags: i32, file: Option<&File>) -> io::Result<Self> {
+        let anonymous = if file.is_some() {
+            0
+        } else {
+            libc::MAP_ANONYMOUS
+        };
         let fd = file.map_or(-1, AsRawFd::as_raw_fd);
+        Self::from_fd(size, access, flags | anonymous, fd, 0)
+    }
+
+    /// Maps what a file has from `offset` on, shared with it.
+    pub fn map_at(size: usize, offset: i64, access: i32, file: &File) -> io::Result<Self> {
+        Self::from_fd(size, access, libc::MAP_SHARED, file.as_raw_fd(), offset)
+    }
+
+    fn from_fd(size: usize, access: i32, flags: i32, fd: RawFd, offset: i64) -> io::Result<Self> {
         // SAFETY: a new mapping.
-        let address = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, fd, 0) };
+        let address = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, fd, offset) };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

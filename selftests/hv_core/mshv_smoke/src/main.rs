@@ -187,6 +187,22 @@ const CHECKS: &[Check] = &[
         "vmm_hears_when_a_source_takes_messages_again",
         synic::vmm_hears_when_a_source_takes_messages_again,
     ),
+    (
+        "pages_that_are_away_come_for_the_hypervisor",
+        synic::pages_that_are_away_come_for_the_hypervisor,
+    ),
+    (
+        "device_memory_is_the_guests",
+        movable::device_memory_is_the_guests,
+    ),
+    (
+        "merged_pages_part_when_written_to",
+        movable::merged_pages_part_when_written_to,
+    ),
+    (
+        "page_that_the_vmm_brings_is_waited_for",
+        movable::page_that_the_vmm_brings_is_waited_for,
+    ),
     ("timers_expire", synic::timers_expire),
     (
         "event_of_a_connection_reaches_an_eventfd",
@@ -227,13 +243,19 @@ const CHECKS: &[Check] = &[
     ),
 ];
 
-/// What `killed_owner_leaves_nothing` starts itself as.
-const VICTIM: &str = "victim";
+/// What `killed_owner_leaves_nothing` starts itself as: one after the other.
+const VICTIMS: [&str; 3] = ["victim", "changing_victim", "waiting_victim"];
 
 /// What scripts call with more around it: [`killed_owners`], [`starved`], and those that need `/dev/hv_state`.
-const PARTS: [Check; 7] = [
+const PARTS: [Check; 9] = [
     ("fault_under_a_guest", extended::fault_under_a_guest),
-    (VICTIM, victim),
+    ("victim", victim),
+    ("changing_victim", || {
+        movable::run_in_changing_memory(|| println!("x"))
+    }),
+    ("waiting_victim", || {
+        movable::run_without_memory(|| println!("x"))
+    }),
     ("killed_owners", killed_owners),
     ("starved", starved),
     ("wrong_large_pages", large::wrong_large_pages),
@@ -1095,27 +1117,34 @@ fn exits_are_counted_for_each_vp() -> Outcome {
 }
 
 fn killed_owner_leaves_nothing() -> Outcome {
+    VICTIMS.iter().try_for_each(|victim| killed_owner(victim))
+}
+
+fn killed_owner(victim: &str) -> Outcome {
     let before = partitions()?;
     let mut child = Command::new("/proc/self/exe")
-        .arg(VICTIM)
+        .arg(victim)
         .stdout(Stdio::piped())
         .spawn()?;
     // It says when it runs.
     let mut out = child.stdout.take().ok_or("no output")?;
     io::Read::read_exact(&mut out, &mut [0])?;
     std::thread::sleep(Duration::from_millis(50));
-    ensure!(partitions()? == before + 1, "the victim has no partition");
+    ensure!(partitions()? == before + 1, "{victim} has no partition");
     child.kill()?;
     child.wait()?;
-    ensure!(partitions()? == before, "the partition is still there");
+    ensure!(
+        partitions()? == before,
+        "{victim}: the partition is still there"
+    );
     Ok(())
 }
 
 /// Many processes whose VPs run are killed; what they had is free again, to the last page. How many is in `KILLS`.
 fn killed_owners() -> Outcome {
     let kills: usize = std::env::var("KILLS")?.parse()?;
-    for _ in 0..kills {
-        killed_owner_leaves_nothing()?;
+    for victim in VICTIMS.iter().cycle().take(kills) {
+        killed_owner(victim)?;
     }
     let (pinned, released) = memory::pins()?;
     ensure!(

@@ -9,19 +9,20 @@ use mshv_smoke::machine::{kind, region, set_memory, Machine, Memory};
 
 use super::Outcome;
 
+/// A line of `/proc/vmstat`, whose name ends with the blank.
+pub fn counter(name: &str) -> Result<u64, Box<dyn std::error::Error>> {
+    let text = fs::read_to_string("/proc/vmstat")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    Ok(line.ok_or("no such counter")?.trim().parse()?)
+}
+
 /// Pages that were pinned and that were let go, by whomever.
 pub fn pins() -> Result<(u64, u64), Box<dyn std::error::Error>> {
     // Else each CPU has some of the numbers.
     fs::write("/proc/sys/vm/stat_refresh", "1")?;
-    let text = fs::read_to_string("/proc/vmstat")?;
-    let count = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|number| number.trim().parse::<u64>().ok())
-            .ok_or("no such counter")
-    };
     Ok((
-        count("nr_foll_pin_acquired ")?,
-        count("nr_foll_pin_released ")?,
+        counter("nr_foll_pin_acquired ")?,
+        counter("nr_foll_pin_released ")?,
     ))
 }
 

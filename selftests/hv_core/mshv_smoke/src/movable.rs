@@ -11,7 +11,7 @@ use mshv_ioctls::VcpuFd;
 use mshv_smoke::machine::{self, kind, Machine, Memory};
 
 use super::large::{code, look_at, number, region, toucher, LARGE, PAGE, PLACE, SMALL, WRITABLE};
-use super::memory::pinned_and_mapped;
+use super::memory::{counter, pinned_and_mapped};
 use super::Outcome;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -148,6 +148,12 @@ fn page_out(memory: &Memory, size: usize) -> io::Result<()> {
     memory.advise(0, size, libc::MADV_PAGEOUT)
 }
 
+/// Pages that went to swap space so far; and whether there is any.
+fn swapped() -> Result<(u64, bool)> {
+    let swaps = fs::read_to_string("/proc/swaps")?;
+    Ok((counter("pswpout ")?, swaps.lines().count() > 1))
+}
+
 fn collapse(memory: &Memory, size: usize) -> io::Result<()> {
     memory.advise(0, size, libc::MADV_HUGEPAGE)?;
     const MADV_COLLAPSE: i32 = 25;
@@ -224,12 +230,11 @@ pub fn nothing_is_lost_when_the_kernel_moves_memory() -> Outcome {
     let machine = toucher(PLACE, SIZE)?;
     let memory = Memory::huge(SIZE as usize)?;
     number(&memory, SIZE / PAGE);
-    // Pages that look the same, to be merged.
-    memory.write((LARGE + 7) as usize, &[0]);
     machine
         .vm
         .map_user_memory(region(&memory, 0, SIZE, PLACE, WRITABLE))?;
     let sum = (0..SIZE / PAGE).sum::<u64>() & 0xff;
+    let before = swapped()?;
     let (count, done) = (AtomicU64::new(0), AtomicBool::new(false));
     let turns = std::env::var("TURNS").map_or(Ok(3), |turns| turns.parse())?;
     std::thread::scope(|scope| {
@@ -256,6 +261,8 @@ pub fn nothing_is_lost_when_the_kernel_moves_memory() -> Outcome {
         })?;
         outcome
     })?;
+    let after = swapped()?;
+    ensure!(after.0 > before.0 || !after.1, "nothing was swapped");
     let count = count.into_inner();
     for page in 0..SIZE / PAGE {
         let byte = memory.read((page * PAGE) as usize);
@@ -414,6 +421,41 @@ pub fn file_may_lose_pages_beneath_the_guest() -> Outcome {
     Ok(())
 }
 
+/// Memory of a device: here that with the firmware's tables, which every PC has.
+pub fn device_memory_is_the_guests() -> Outcome {
+    const FIRMWARE: u64 = 0xf_0000;
+    const SIZE: u64 = 16 * PAGE;
+    let file = File::open("/dev/mem")?;
+    let memory = Memory::map_at(SIZE as usize, FIRMWARE as i64, libc::PROT_READ, &file)?;
+    let bytes: Vec<u64> = (0..SIZE)
+        .step_by(PAGE as usize)
+        .map(|at| memory.read(at as usize).into())
+        .collect();
+    let machine = toucher(PLACE, SIZE)?;
+    // Without the write to memory.
+    machine.memory.write(8, &[0x90; 3]);
+    let before = pinned_and_mapped()?;
+    machine
+        .vm
+        .map_user_memory(region(&memory, 0, SIZE, PLACE, 0))?;
+    let (sum, seen) = (bytes.iter().sum::<u64>() & 0xff, total(&machine)?);
+    ensure!(seen == sum, "sum {seen:#x} of {bytes:x?}");
+    let after = pinned_and_mapped()?;
+    ensure!(after.1 >= before.1 + 16, "{before:?}, then {after:?}");
+    drop(memory);
+    let after = pinned_and_mapped()?;
+    ensure!(
+        after.1 < before.1 + 16,
+        "it stays: {before:?}, then {after:?}"
+    );
+    let access = next_access(&machine)?;
+    ensure!(
+        access == (hv_message_type_HVMSG_GPA_INTERCEPT, PLACE, 0),
+        "afterwards {access:x?}"
+    );
+    Ok(())
+}
+
 /// Pages that the guest wrote to count as dirty also when they are not there any more, until the VMM clears that.
 pub fn dirty_pages_stay_dirty_when_they_go() -> Outcome {
     let machine = toucher(PLACE, 8 * PAGE)?;
@@ -446,4 +488,162 @@ pub fn dirty_pages_stay_dirty_when_they_go() -> Outcome {
     );
     machine.vm.disable_dirty_page_tracking()?;
     Ok(())
+}
+
+/// Pages that the kernel merged because they are the same part again when the guest writes to them.
+pub fn merged_pages_part_when_written_to() -> Outcome {
+    let ksm = |name: &str| format!("/sys/kernel/mm/ksm/{name}");
+    let number_of =
+        |name: &str| -> Result<u64> { Ok(fs::read_to_string(ksm(name))?.trim().parse()?) };
+    let machine = toucher(PLACE, LARGE)?;
+    let memory = small_pages(LARGE)?;
+    machine
+        .vm
+        .map_user_memory(region(&memory, 0, LARGE, PLACE, WRITABLE))?;
+    ensure!(total(&machine)? == 0, "first sum");
+    memory.advise(0, LARGE as usize, libc::MADV_MERGEABLE)?;
+    let usual = fs::read_to_string(ksm("pages_to_scan"))?;
+    fs::write(ksm("pages_to_scan"), "2000")?;
+    fs::write(ksm("run"), "1")?;
+    // The guest stands still meanwhile.
+    while number_of("pages_sharing")? < SMALL - 10 {
+        std::thread::yield_now();
+    }
+    fs::write(ksm("pages_to_scan"), usual)?;
+    for pass in 1..4 {
+        let sum = total(&machine)?;
+        ensure!(sum == pass * SMALL & 0xff, "pass {pass}: sum {sum}");
+    }
+    fs::write(ksm("run"), "2")?;
+    let wrong = (0..SMALL).find(|page| memory.read((page * PAGE) as usize) != 4);
+    ensure!(wrong.is_none(), "page {wrong:x?} has another number");
+    Ok(())
+}
+
+/// A handler of page faults for memory that is not there (userfaultfd(2)).
+struct Handler(File);
+
+impl Handler {
+    /// For all of `memory`.
+    fn new(memory: &Memory, size: u64) -> Result<Self> {
+        const API: u64 = 0xc018_aa3f;
+        const REGISTER: u64 = 0xc020_aa00;
+        const MISSING: u64 = 1;
+        // SAFETY: a new descriptor that nobody else has.
+        let file = unsafe {
+            match libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) {
+                -1 => return Err(io::Error::last_os_error().into()),
+                number => File::from_raw_fd(number as i32),
+            }
+        };
+        let mut api = [0xaa_u64, 0, 0];
+        machine::ioctl(file.as_raw_fd(), API, api.as_mut_ptr() as u64)?;
+        let mut range = [memory.address(), size, MISSING, 0];
+        machine::ioctl(file.as_raw_fd(), REGISTER, range.as_mut_ptr() as u64)?;
+        Ok(Self(file))
+    }
+
+    /// Address of the next page that somebody waits for.
+    fn next(&mut self) -> Result<u64> {
+        let mut message = [0_u8; 32];
+        io::Read::read_exact(&mut self.0, &mut message)?;
+        ensure!(message[0] == 0x12, "event {:#x}", message[0]);
+        Ok(u64::from_ne_bytes(message[16..24].try_into()?) & !(PAGE - 1))
+    }
+
+    /// Gives a page that consists of this byte.
+    fn give(&self, address: u64, byte: u8) -> Outcome {
+        const COPY: u64 = 0xc028_aa03;
+        let page = [byte; PAGE as usize];
+        let mut copy = [address, page.as_ptr() as u64, PAGE, 0, 0];
+        machine::ioctl(self.0.as_raw_fd(), COPY, copy.as_mut_ptr() as u64)?;
+        Ok(())
+    }
+}
+
+/// A page that the VMM itself has to bring (as after a migration): it is asked for those pages only that the guest wants; other
+/// calls go on meanwhile, and a region that is taken away meanwhile is away.
+pub fn page_that_the_vmm_brings_is_waited_for() -> Outcome {
+    let machine = toucher(PLACE, 4 * PAGE)?;
+    let memory = small_pages(LARGE)?;
+    let mut handler = Handler::new(&memory, LARGE)?;
+    let all = region(&memory, 0, LARGE, PLACE, WRITABLE);
+    machine.vm.map_user_memory(all)?;
+    std::thread::scope(|scope| {
+        let runner = scope.spawn(|| total(&machine).map_err(|error| error.to_string()));
+        let brought = (0..4).try_for_each(|page| -> Outcome {
+            let address = handler.next()?;
+            ensure!(
+                address == memory.address() + page * PAGE,
+                "page {page}: asked for {address:#x}"
+            );
+            // The locks of the partition are free.
+            let other = region(&memory, 0, PAGE, 4 * PLACE, WRITABLE);
+            machine.vm.map_user_memory(other)?;
+            machine.vm.unmap_user_memory(other)?;
+            handler.give(address, page as u8 + 5)
+        });
+        if brought.is_err() {
+            // Nobody waits for it any more.
+            drop(handler);
+            return brought;
+        }
+        let sum = runner.join().map_err(|_| "thread")??;
+        ensure!(sum == 5 + 6 + 7 + 8, "sum {sum}");
+        // What the guest waits for goes.
+        memory.advise(0, LARGE as usize, libc::MADV_DONTNEED)?;
+        let runner = scope.spawn(|| next_access(&machine).map_err(|error| error.to_string()));
+        let address = handler.next()?;
+        machine.vm.unmap_user_memory(all)?;
+        handler.give(address, 9)?;
+        let access = runner.join().map_err(|_| "thread")??;
+        let gone = (hv_message_type_HVMSG_UNMAPPED_GPA, PLACE, 0);
+        ensure!(access == gone, "access {access:x?} after the region went");
+        Ok(())
+    })
+}
+
+/// A VP that writes to memory which the VMM gives back all the time; never comes back.
+pub fn run_in_changing_memory(started: impl FnOnce()) -> Outcome {
+    let machine = toucher(PLACE, LARGE)?;
+    // Without the write to the port.
+    machine.memory.write(27, &[0x90; 2]);
+    let memory = Memory::huge(LARGE as usize)?;
+    machine
+        .vm
+        .map_user_memory(region(&memory, 0, LARGE, PLACE, WRITABLE))?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| loop {
+            if let Err(error) = memory.advise(0, LARGE as usize, libc::MADV_DONTNEED) {
+                panic!("{error}");
+            }
+            std::thread::yield_now();
+        });
+        started();
+        loop {
+            match machine.vcpu.run() {
+                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) => return Err(error.into()),
+                Ok(message) => return Err(format!("message {:#x}", kind(&message)).into()),
+            }
+        }
+    })
+}
+
+/// A VP that waits for a page that never comes.
+pub fn run_without_memory(started: impl FnOnce()) -> Outcome {
+    let machine = toucher(PLACE, PAGE)?;
+    let memory = small_pages(LARGE)?;
+    let mut handler = Handler::new(&memory, LARGE)?;
+    machine
+        .vm
+        .map_user_memory(region(&memory, 0, LARGE, PLACE, WRITABLE))?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| total(&machine).map_err(|error| error.to_string()));
+        handler.next()?;
+        started();
+        loop {
+            std::thread::park();
+        }
+    })
 }

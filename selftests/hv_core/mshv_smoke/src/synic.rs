@@ -6,6 +6,9 @@ use mshv_smoke::machine::{kind, region, Machine, Memory};
 
 use super::Outcome;
 
+const GUEST_OS_ID: u32 = 0x4000_0000;
+const HYPERCALL: u32 = 0x4000_0001;
+const REFERENCE_TSC: u32 = 0x4000_0021;
 const SCONTROL: u32 = 0x4000_0080;
 const SIEFP: u32 = 0x4000_0082;
 const SIMP: u32 = 0x4000_0083;
@@ -240,6 +243,42 @@ pub fn timers_expire() -> Outcome {
             ensure!(seen == expected, "port {seen:x?}, not {expected:x?}");
         }
     }
+    Ok(())
+}
+
+/// Pages of the guest that only the hypervisor touches are found wherever the kernel has them.
+pub fn pages_that_are_away_come_for_the_hypervisor() -> Outcome {
+    let give_back = |machine: &Machine| machine.memory.advise(0, 0xa000, libc::MADV_DONTNEED);
+    // Never touched by anybody.
+    let code = [
+        wrmsr(GUEST_OS_ID, 1),
+        wrmsr(HYPERCALL, 0x7001),
+        wrmsr(REFERENCE_TSC, 0x8001),
+        out(0x7000, 0x10),
+        out(0x8000, 0x11),
+        wrmsr(SINT2, 0x40),
+    ];
+    let machine = guest(&code, &[(0x40, take_message())])?;
+    let seen = machine.next_port_write()?;
+    ensure!(seen == (0x10, 0x0f), "hypercall page: port {seen:x?}");
+    let seen = machine.next_port_write()?;
+    ensure!(seen.0 == 0x11 && seen.1 != 0, "time page: port {seen:x?}");
+    for value in 1..4 {
+        // Asleep.
+        while machine.vcpu.run().is_ok() {}
+        give_back(&machine)?;
+        ensure!(post(&machine, value) == Ok(()), "message {value}");
+        for expected in [(0x10, value.into()), (0x11, 0)] {
+            let seen = machine.next_port_write()?;
+            ensure!(seen == expected, "port {seen:x?}, not {expected:x?}");
+        }
+    }
+    // What the VMM sees of them.
+    machine.memory.write(0x4210, &[0x5a]);
+    give_back(&machine)?;
+    let page = machine.vcpu.get_all_vp_state_components()?;
+    let offset = page.buffer.windows(2).any(|bytes| bytes == [0x5a, 0]);
+    ensure!(offset, "the page of messages is another");
     Ok(())
 }
 
