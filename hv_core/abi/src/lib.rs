@@ -11,6 +11,7 @@
 #![no_std]
 
 pub mod boot;
+pub mod features;
 pub mod hypercall;
 pub mod layout;
 pub mod log;

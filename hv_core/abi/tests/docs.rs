@@ -64,3 +64,13 @@ fn a_call_is_answered_unless_its_row_denies_it() {
         assert_eq!(answered, !status.starts_with("not answered"), "{name}");
     }
 }
+
+#[test]
+fn every_feature_has_a_test() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../");
+    for feature in &hv_abi::features::FEATURES {
+        let (file, name) = feature.test;
+        let text = std::fs::read_to_string(format!("{root}{file}")).unwrap();
+        assert!(text.contains(name), "{}: no {name} in {file}", feature.name);
+    }
+}

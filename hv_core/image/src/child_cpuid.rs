@@ -1470,6 +1470,7 @@ fn freeze(on: bool, partition: &mut PartitionState, host_tsc: u64) -> Effect {
 )]
 mod tests {
     use super::*;
+    use hv_abi::features::{Given, FEATURES as TOLD};
 
     const FACTS: HostFacts = HostFacts {
         vendor: Vendor::Vmx,
@@ -2031,6 +2032,40 @@ mod tests {
         assert_ne!(seen(1, 0, &partition)[ECX] & leaf1::ECX_HYPERVISOR, 0);
         partition.synthetic_features = 0;
         assert_eq!(seen(1, 0, &partition)[ECX] & leaf1::ECX_HYPERVISOR, 0);
+    }
+
+    /// The table of features says exactly what CPUID shows.
+    #[test]
+    fn features_are_those_of_the_table() {
+        let mut partition = partition();
+        let with = |partition: &mut PartitionState, features: u64| {
+            partition.synthetic_features = features;
+            [3, 4].map(|leaf| seen(0x4000_0000 | leaf, 0, partition))
+        };
+        let base = synthetic::HYPERVISOR_PRESENT | synthetic::HV1;
+        let least = with(&mut partition, base);
+        let all = with(&mut partition, synthetic::ASSIGNABLE);
+        let mut table = [[0; 4]; 2];
+        for feature in &TOLD {
+            let leaf = (feature.leaf - 0x4000_0003) as usize;
+            let (register, mask) = (feature.register.index(), 1 << feature.bit);
+            table[leaf][register] |= mask;
+            let at_least = least[leaf][register] & mask != 0;
+            match feature.given {
+                Given::Feature(bit) => {
+                    let lacks = with(&mut partition, synthetic::ASSIGNABLE & !(1 << bit));
+                    assert!(
+                        !at_least && lacks[leaf][register] & mask == 0,
+                        "{}",
+                        feature.name
+                    );
+                }
+                Given::Always | Given::InvariantTsc => assert!(at_least, "{}", feature.name),
+            }
+        }
+        // EBX of the hints is a number.
+        assert_eq!(all[0], table[0]);
+        assert_eq!(all[1][EAX], table[1][EAX]);
     }
 
     #[test]

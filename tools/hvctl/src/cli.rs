@@ -25,6 +25,9 @@ pub enum Command {
     /// Show the state of the hypervisor: capabilities, exits, memory
     Status,
 
+    /// Show what CPUID tells a child of its hypervisor, what stands behind each bit, and which test sees it
+    Features,
+
     /// Run a partition: boot a kernel and attach its console
     Run(RunOptions),
 

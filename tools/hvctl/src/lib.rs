@@ -6,6 +6,7 @@
 //! | [`cli`] | the command line |
 //! | [`status`] | the module's status document, read leniently |
 //! | [`show`] | the same for people |
+//! | [`features`] | what children see of the hypervisor |
 //! | [`table`] | aligned columns |
 //! | [`partitions`] | `ls` and `stop`: the worker processes behind their control sockets |
 //! | [`run`] | `run`: starts a worker process |
@@ -16,6 +17,7 @@
 pub mod cli;
 pub mod console;
 pub mod error;
+pub mod features;
 pub mod pages;
 pub mod partitions;
 pub mod run;
@@ -32,6 +34,7 @@ use serde::Serialize;
 pub fn execute(cli: Cli) -> Result<u8> {
     match cli.command {
         Command::Status => status(cli.json),
+        Command::Features => features(cli.json),
         Command::Run(options) => run::run(&options, cli.json),
         Command::Ls => ls(cli.json),
         Command::Stop { name } => stop(&name, cli.json),
@@ -59,6 +62,15 @@ fn status(json: bool) -> Result<u8> {
             "{}",
             show::status(&status::Status::from_document(&document))
         );
+    }
+    Ok(0)
+}
+
+fn features(json: bool) -> Result<u8> {
+    if json {
+        print_json(&features::list())?;
+    } else {
+        print!("{}", features::table());
     }
     Ok(0)
 }
