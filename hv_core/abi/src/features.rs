@@ -91,7 +91,7 @@ const fn feature(
 }
 
 /// All bits that a child may see in the leaves of privileges, features and hints.
-pub const FEATURES: [Feature; 22] = {
+pub const FEATURES: [Feature; 24] = {
     use Given::*;
     use Register::*;
     [
@@ -169,6 +169,14 @@ pub const FEATURES: [Feature; 22] = {
         ),
         feature(
             3,
+            (Eax, 13),
+            "AccessReenlightenmentControls",
+            Always,
+            "MSRs 40000106-108: accepted; the TSC's frequency never changes",
+            (MSRS, "hypervisor_msrs_answer"),
+        ),
+        feature(
+            3,
             (Eax, 15),
             "AccessTscInvariantControls",
             InvariantTsc,
@@ -190,6 +198,14 @@ pub const FEATURES: [Feature; 22] = {
             Feature(29),
             "hypercall 5d: events to ports of the root, and to eventfds",
             (SMOKE, "event_of_a_connection_reaches_an_eventfd"),
+        ),
+        feature(
+            3,
+            (Ebx, 20),
+            "EnableExtendedHypercalls",
+            Always,
+            "hypercall 8001: says that there are no extended capabilities",
+            (RUN, "guest_learns_that_there_are_no_extended_capabilities"),
         ),
         feature(
             3,

@@ -237,8 +237,8 @@ impl<H: ChildHardware> Run<'_, H> {
             ChildExit::Hypercall => match child_hypercall::hypercall(self) {
                 Outcome::Done => {}
                 Outcome::Leave(event) => return Next::Root(event),
-                Outcome::Missing(gpa) => {
-                    return self.memory_message(false, gpa, false, false, None)
+                Outcome::Missing(gpa, write) => {
+                    return self.memory_message(false, gpa, write, false, None)
                 }
             },
             ChildExit::MsrRead => emulate::read_msr(self),

@@ -243,12 +243,16 @@ pub mod privilege {
     pub const GUEST_IDLE: u64 = 1 << 10;
     /// HV_X64_MSR_TSC_FREQUENCY and APIC_FREQUENCY.
     pub const FREQUENCIES: u64 = 1 << 11;
+    /// HV_X64_MSR_REENLIGHTENMENT_CONTROL, TSC_EMULATION_CONTROL and STATUS.
+    pub const REENLIGHTENMENT: u64 = 1 << 13;
     /// HV_X64_MSR_TSC_INVARIANT_CONTROL.
     pub const TSC_INVARIANT: u64 = 1 << 15;
     /// HvCallPostMessage.
     pub const POST_MESSAGES: u64 = 1 << 36;
     /// HvCallSignalEvent.
     pub const SIGNAL_EVENTS: u64 = 1 << 37;
+    /// HvExtCallQueryCapabilities.
+    pub const EXTENDED_HYPERCALLS: u64 = 1 << 52;
 }
 
 /// Leaf 4000_0003h EDX: frequency MSRs, crash MSRs, timers that raise interrupts.
@@ -1070,11 +1074,10 @@ pub fn privileges(features: u64, invariant_tsc: bool) -> u64 {
     if features & synthetic::HV1 == 0 {
         return 0;
     }
-    let mut mask = if invariant_tsc {
-        privilege::TSC_INVARIANT
-    } else {
-        0
-    };
+    let mut mask = privilege::REENLIGHTENMENT | privilege::EXTENDED_HYPERCALLS;
+    if invariant_tsc {
+        mask |= privilege::TSC_INVARIANT;
+    }
     for (feature, privilege) in MAP {
         if features & feature != 0 {
             mask |= privilege;
@@ -2022,7 +2025,7 @@ mod tests {
         );
         assert_eq!(seen(0x4000_0002, 0, &partition)[EBX], 10 << 16);
         let [a, b, _, d] = seen(0x4000_0003, 0, &partition);
-        assert_eq!((a, b, d), (0x8e7e, 0x10, 0x8_0510));
+        assert_eq!((a, b, d), (0xae7e, 0x10_0010, 0x8_0510));
         assert_eq!(seen(0x4000_0004, 0, &partition)[EAX], 0x62c);
         for leaf in [0x4000_0007, 0x4000_000a, 0x4000_0082] {
             assert_eq!(seen(leaf, 0, &partition), [0; 4]);
@@ -2070,6 +2073,9 @@ mod tests {
 
     #[test]
     fn each_privilege_needs_its_feature() {
+        let always = privileges(synthetic::HV1, false);
+        assert_eq!(always, 1 << 13 | 1 << 52);
+        let more = |features: u64| privileges(synthetic::HV1 | features, false) & !always;
         for (feature, bit) in [
             (3, 1),
             (5, 3),
@@ -2081,12 +2087,12 @@ mod tests {
             (11, 11),
             (29, 37),
         ] {
-            assert_eq!(privileges(synthetic::HV1 | (1 << feature), false), 1 << bit);
+            assert_eq!(more(1 << feature), 1 << bit);
             assert_eq!(privileges(1 << feature, false), 0);
         }
         // The SynIC goes with messages.
-        assert_eq!(privileges(synthetic::HV1 | 1 << 4, false), 1 << 2 | 1 << 36);
-        assert_eq!(privileges(synthetic::HV1, true), 1 << 15);
+        assert_eq!(more(1 << 4), 1 << 2 | 1 << 36);
+        assert_eq!(privileges(synthetic::HV1, true), always | 1 << 15);
     }
 
     #[test]

@@ -492,7 +492,7 @@ pub fn settled<H: ChildHardware>(run: &mut Run<'_, H>) {
 }
 
 /// Writes guest memory that is mapped and writable. The error is the GPA of what is not.
-fn write_guest(cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) -> Result<(), u64> {
+pub fn write_guest(cpu: u32, partition: &Partition, gpa: u64, from: &[u8]) -> Result<(), u64> {
     let spa = partition.translate(gpa, true).ok_or(gpa)?;
     write_physical(cpu, Window::Guest, spa, from);
     Ok(())
@@ -693,6 +693,8 @@ impl<'a> View<'a> {
                 // Its memory is another guest's now: nothing may be written to where the last one wanted it.
                 self.partition.reset_guest();
             }
+            self.core.owed = None;
+            self.vp.awaited.store(0, Ordering::SeqCst);
             self.core.requeue = (0, 0);
             self.core.offered = None;
             self.core.iret = None;

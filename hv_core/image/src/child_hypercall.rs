@@ -11,6 +11,7 @@ use crate::apic::{DeliveryMode, Interrupt};
 use crate::arch::memory::{read_physical, Window};
 use crate::arch::{gpr, ChildHardware};
 use crate::child::{exception, post, signal, write_message, Run};
+use crate::child_emulate::write_guest;
 use crate::guest_call::{self, code, Request, VpSet};
 use crate::vp::Vp;
 use crate::vp_state::{segment, VpState};
@@ -21,8 +22,8 @@ pub enum Outcome {
     Done,
     /// The root has to wake or interrupt other VPs, or to act on the call.
     Leave(DispatchEvent),
-    /// Its input is at this GPA, where nothing is mapped. It runs again when there is.
-    Missing(u64),
+    /// Its input, or its output (true), is at this GPA, where nothing is mapped for that. It runs again when there is.
+    Missing(u64, bool),
 }
 
 /// Whether the VP may make hypercalls in its mode, which is in `state` (TLFS 3.7).
@@ -43,6 +44,7 @@ pub fn hypercall_quickly<H: ChildHardware>(run: &mut Run<'_, H>) -> bool {
         | code::FLUSH_VIRTUAL_ADDRESS_LIST
         | code::POST_MESSAGE
         | code::SIGNAL_EVENT
+        | code::QUERY_CAPABILITIES
         | code::SEND_SYNTHETIC_CLUSTER_IPI..=code::SEND_SYNTHETIC_CLUSTER_IPI_EX => return false,
         _ => HvStatus::INVALID_HYPERCALL_CODE,
     };
@@ -77,7 +79,7 @@ pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) -> Outcome {
     run.core.identified = changes;
     let control = Control(control);
     let mut words = [0; guest_call::WORDS];
-    let request = if control.is_fast() {
+    let mut request = if control.is_fast() {
         let words = fast_input(run, control, [first, second], &mut words);
         guest_call::parse(control, words, features)
     } else if first & 7 != 0 {
@@ -87,11 +89,19 @@ pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) -> Outcome {
             Some(words) => guest_call::parse(control, words, features),
             // A call that needs no input has none.
             None => match guest_call::parse(control, &[], features) {
-                Err(HvStatus::INVALID_HYPERCALL_INPUT) => return Outcome::Missing(first),
+                Err(HvStatus::INVALID_HYPERCALL_INPUT) => return Outcome::Missing(first, false),
                 other => other,
             },
         }
     };
+    if request == Ok(Request::Capabilities) {
+        // There are none.
+        if second & 7 != 0 {
+            request = Err(HvStatus::INVALID_ALIGNMENT);
+        } else if let Err(gpa) = write_guest(run.cpu, run.partition(), second, &[0; 8]) {
+            return Outcome::Missing(gpa, true);
+        }
+    }
     run.skip();
     let (status, done) = match request {
         Ok(_) => (HvStatus::SUCCESS, control.rep_count()),
@@ -115,7 +125,7 @@ pub fn hypercall<H: ChildHardware>(run: &mut Run<'_, H>) -> Outcome {
             run.core.event = event;
             Outcome::Leave(DispatchEvent::SignalEvent)
         }
-        Ok(Request::LongSpinWait) | Err(_) => Outcome::Done,
+        Ok(Request::LongSpinWait | Request::Capabilities) | Err(_) => Outcome::Done,
     }
 }
 

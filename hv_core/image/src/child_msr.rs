@@ -67,6 +67,8 @@ pub mod hv {
     pub const GUEST_IDLE: u32 = 0x4000_00f0;
     pub const CRASH_P0: u32 = 0x4000_0100;
     pub const CRASH_CTL: u32 = 0x4000_0105;
+    pub const REENLIGHTENMENT_CONTROL: u32 = 0x4000_0106;
+    pub const TSC_EMULATION_STATUS: u32 = 0x4000_0108;
     pub const TSC_INVARIANT_CONTROL: u32 = 0x4000_0118;
     /// The last of the range that TLFS uses.
     pub const LAST: u32 = 0x4000_01ff;
@@ -349,6 +351,10 @@ fn read_hypervisor(number: u32, on: &Local<'_>) -> Outcome<u64> {
             let index = number.wrapping_sub(hv::CRASH_P0) as usize;
             partition.crash.get(index).copied().unwrap_or(0)
         }
+        hv::REENLIGHTENMENT_CONTROL..=hv::TSC_EMULATION_STATUS if hv1 => {
+            let index = number.wrapping_sub(hv::REENLIGHTENMENT_CONTROL) as usize;
+            partition.reenlightenment.get(index).copied().unwrap_or(0)
+        }
         hv::TSC_INVARIANT_CONTROL if on.has(privilege::TSC_INVARIANT) => {
             partition.tsc_invariant_control
         }
@@ -536,7 +542,7 @@ fn write_hypervisor(number: u32, value: u64, on: &mut Local<'_>) -> Outcome<Effe
         }
         hv::GUEST_OS_ID | hv::HYPERCALL if on.has(privilege::HYPERCALL) => Effect::Partition,
         hv::REFERENCE_TSC if on.has(privilege::REFERENCE_TSC) => Effect::Partition,
-        hv::CRASH_P0..=hv::CRASH_CTL if hv1 => Effect::Partition,
+        hv::CRASH_P0..=hv::TSC_EMULATION_STATUS if hv1 => Effect::Partition,
         hv::TSC_INVARIANT_CONTROL if on.has(privilege::TSC_INVARIANT) => Effect::Partition,
         hv::VP_INDEX if on.has(privilege::VP_INDEX) => return Err(GeneralProtection),
         hv::GUEST_IDLE if on.has(privilege::GUEST_IDLE) => return Err(GeneralProtection),
@@ -643,6 +649,15 @@ pub fn write_partition(
             } else {
                 Effect::None
             }
+        }
+        // The TSC never changes its frequency: nothing ever comes of them, and no emulation is in progress.
+        hv::REENLIGHTENMENT_CONTROL..=hv::TSC_EMULATION_STATUS => {
+            check(number != hv::TSC_EMULATION_STATUS || value == 0)?;
+            let index = number.wrapping_sub(hv::REENLIGHTENMENT_CONTROL) as usize;
+            if let Some(slot) = partition.reenlightenment.get_mut(index) {
+                *slot = value;
+            }
+            Effect::None
         }
         hv::TSC_INVARIANT_CONTROL => {
             check(value & !1 == 0)?;
@@ -1401,6 +1416,13 @@ mod tests {
             Ok(Effect::VpAssistPage(None))
         );
         assert_eq!(m.write(hv::RESET, 1), Ok(Effect::Reset));
+        for number in 0x4000_0106..=0x4000_0107 {
+            m.put(number, 0x1_0001_00ee);
+            assert_eq!(m.read(number), Ok(0x1_0001_00ee));
+        }
+        // Emulation, of which there is none, can only be said to be over.
+        assert_eq!(m.write(hv::TSC_EMULATION_STATUS, 1), GP);
+        m.put(hv::TSC_EMULATION_STATUS, 0);
         m.put(hv::TSC_INVARIANT_CONTROL, 1);
         m.put(hv::TSC_INVARIANT_CONTROL, 0);
         assert_eq!(m.read(hv::TSC_INVARIANT_CONTROL), Ok(1));

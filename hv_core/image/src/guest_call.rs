@@ -27,6 +27,7 @@ pub mod code {
     pub const SEND_SYNTHETIC_CLUSTER_IPI_EX: u16 = 0x15;
     pub const POST_MESSAGE: u16 = 0x5c;
     pub const SIGNAL_EVENT: u16 = 0x5d;
+    pub const QUERY_CAPABILITIES: u16 = 0x8001;
 }
 
 /// Types of messages that only the hypervisor sends.
@@ -108,6 +109,8 @@ pub enum Request {
     Interrupt(u8, VpSet),
     /// Post the message that the input is.
     PostMessage,
+    /// Write the extended capabilities to the output.
+    Capabilities,
     /// Signal an event of a connection.
     SignalEvent(EventSignal),
 }
@@ -116,7 +119,7 @@ pub enum Request {
 #[must_use]
 pub const fn input_words(control: Control) -> usize {
     match control.code() {
-        code::NOTIFY_LONG_SPIN_WAIT => 0,
+        code::NOTIFY_LONG_SPIN_WAIT | code::QUERY_CAPABILITIES => 0,
         code::SIGNAL_EVENT => 1,
         code::SEND_SYNTHETIC_CLUSTER_IPI => 2,
         code::POST_MESSAGE => WORDS,
@@ -137,6 +140,7 @@ enum Shape {
     },
     Message,
     Event,
+    Capabilities,
     Nothing,
 }
 
@@ -167,6 +171,7 @@ pub fn parse(control: Control, input: &[u64], features: u64) -> Result<Request, 
         ),
         POST_MESSAGE => (Shape::Message, synthetic::SYNIC),
         SIGNAL_EVENT => (Shape::Event, synthetic::SIGNAL_EVENTS),
+        QUERY_CAPABILITIES => (Shape::Capabilities, 0),
         NOTIFY_LONG_SPIN_WAIT => (Shape::Nothing, 0),
         _ => return Err(HvStatus::INVALID_HYPERCALL_CODE),
     };
@@ -191,6 +196,9 @@ pub fn parse(control: Control, input: &[u64], features: u64) -> Result<Request, 
     let mut next = || words.next().ok_or(HvStatus::INVALID_HYPERCALL_INPUT);
     match shape {
         Shape::Nothing => Ok(Request::LongSpinWait),
+        // Its output does not go into registers.
+        Shape::Capabilities if control.is_fast() => Err(HvStatus::INVALID_HYPERCALL_INPUT),
+        Shape::Capabilities => Ok(Request::Capabilities),
         Shape::Flush { sparse, .. } => {
             let (_space, flags) = (next()?, next()?);
             if flags & !(flush::ALL_PROCESSORS | flush::OTHERS) != 0 {
@@ -437,7 +445,7 @@ mod tests {
         /// Whatever a guest passes gives an answer.
         #[test]
         fn any_call_has_an_answer(
-            control in any::<u64>(), code in prop_oneof![0..0x18_u64, 0x5c..0x5e_u64],
+            control in any::<u64>(), code in prop_oneof![0..0x18_u64, 0x5c..0x5e_u64, Just(0x8001)],
             input in prop::collection::vec(any::<u64>(), 0..=WORDS)
         ) {
             let _ = parse(Control(control & !0xffff | code), &input, ALL);

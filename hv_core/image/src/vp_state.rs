@@ -171,6 +171,8 @@ pub struct PartitionState {
     pub reference_tsc: u64,
     /// HV_X64_MSR_CRASH_P0..P4 and CTL.
     pub crash: [u64; 6],
+    /// HV_X64_MSR_REENLIGHTENMENT_CONTROL, TSC_EMULATION_CONTROL and STATUS.
+    pub reenlightenment: [u64; 3],
     /// Host TSC ticks per second.
     pub tsc_hz: u64,
     /// Host TSC when reference time was zero.
@@ -224,6 +226,7 @@ impl PartitionState {
         self.reference_tsc = 0;
         self.tsc_invariant_control = 0;
         self.crash = [0; 6];
+        self.reenlightenment = [0; 3];
     }
 
     /// A new partition: its reference time starts at `host_tsc`.
@@ -233,6 +236,7 @@ impl PartitionState {
             hypercall: 0,
             reference_tsc: 0,
             crash: [0; 6],
+            reenlightenment: [0; 3],
             tsc_hz: host.tsc_hz,
             reference_base: host_tsc,
             ignore_unknown_msrs: false,

@@ -1257,3 +1257,35 @@ fn fast_call_goes_on_in_xmm_registers() {
     assert_eq!((next, bed.rax()), (Some(DispatchEvent::Signal), 0));
     assert!(bed.pass(other, &mut core).flushed);
 }
+
+#[test]
+fn guest_learns_that_there_are_no_extended_capabilities() {
+    const QUERY_CAPABILITIES: u64 = 0x8001;
+    let mut bed = Bed::that_calls();
+    put(SLOTS, u64::MAX);
+    let (next, fake) = bed.call(QUERY_CAPABILITIES, 0, SLOTS_GPA);
+    assert_eq!((next, bed.rax(), fake.rip), (None, 0, 0x1001));
+    assert_eq!(get::<u64>(SLOTS), 0);
+    // Of an output that is not there, the VMM hears with the instruction.
+    assert_eq!(bed.call(QUERY_CAPABILITIES, 0, 0x9000).0, MISSING);
+    let code = bed.missing();
+    bed.refuse(code);
+    let (next, fake) = bed.call(QUERY_CAPABILITIES, 0, 0x9000);
+    assert_eq!((next, fake.rip), (Some(DispatchEvent::Intercept), 0x1000));
+    assert_eq!(get::<u32>(MESSAGE), 0x8000_0000);
+    for (control, output, expected) in [
+        (
+            QUERY_CAPABILITIES,
+            SLOTS_GPA + 4,
+            HvStatus::INVALID_ALIGNMENT,
+        ),
+        (
+            QUERY_CAPABILITIES | FAST,
+            SLOTS_GPA,
+            HvStatus::INVALID_HYPERCALL_INPUT,
+        ),
+    ] {
+        let (next, _) = bed.call(control, 0, output);
+        assert_eq!((next, bed.rax()), (None, expected.0.into()));
+    }
+}
